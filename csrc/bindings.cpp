@@ -1,0 +1,20 @@
+// persimmon_fast._C: importing it loads the op library; its functions report what was built.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "csrc/cpu/isa.h"
+
+PYBIND11_MODULE(_C, m) {
+  using namespace persimmon_fast::cpu;
+  m.doc() = "Op library of persimmon_fast. Ops live in torch.ops.persimmon_fast.";
+
+  m.def("cpu_isa", [] { return isa_name(active_isa()); });
+  m.def("best_cpu_isa", [] { return isa_name(best_isa()); });
+  m.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name.c_str())); });
+
+  m.attr("torch_version") = PF_TORCH_VERSION;
+  m.attr("compiler") = PF_COMPILER;
+  m.attr("cuda_archs") = PF_CUDA_ARCHS;  // "" when built without CUDA kernels
+  m.attr("cuda_version") = PF_CUDA_VERSION;
+}

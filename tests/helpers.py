@@ -1,0 +1,65 @@
+"""What the op tests share: the numerics contract, inputs, backends.
+
+The contract: a kernel's largest error against the fp32 reference is at most twice that of plain torch computing the
+same formula in the tested dtype, plus a floor per dtype (one table, below) for results where torch happens to be exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from persimmon_fast import _C
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Relative to the largest magnitude in the expected tensor: about two roundings of the dtype.
+FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ISAS = [
+    isa
+    for isa in ("scalar", "avx2", "avx512", "avx512_bf16")
+    if ("scalar", "avx2", "avx512", "avx512_bf16").index(isa)
+    <= ("scalar", "avx2", "avx512", "avx512_bf16").index(_C.best_cpu_isa())
+]
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Runs the CPU kernels at the instruction set `name` inside the block."""
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_cpu_isa(before)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers, the same for the same seed and shape, rounded to dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    return 0.0 if expected.numel() == 0 else float((actual.double() - expected.double()).abs().max())
+
+
+def assert_within_contract(actual: Tensor, expected: Tensor, plain: Tensor, what: str) -> None:
+    """actual: the kernel's result; expected: the reference on the same values in fp32 or fp64; plain: plain torch in
+    the dtype of actual. Fails with the worst place, its values and both errors."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return
+    assert torch.equal(torch.isfinite(actual), torch.isfinite(expected.to(actual.dtype))), f"{what}: NaN or inf differ"
+    bound = 2 * max_error(plain, expected) + FLOOR[actual.dtype] * float(expected.abs().max())
+    error = (actual.double() - expected.double()).abs()
+    if float(error.max()) > bound:
+        worst = int(error.argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
+        raise AssertionError(
+            f"{what}: error {float(error.max()):.3e} at {index} (got {actual.flatten()[worst].item():.7g}, expected "
+            f"{expected.flatten()[worst].item():.7g}) exceeds {bound:.3e} = 2 x torch's {max_error(plain, expected):.3e}"
+            f" + floor; dtype {actual.dtype}"
+        )
