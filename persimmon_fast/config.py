@@ -1,0 +1,440 @@
+"""`PersimmonConfig`: the hyper-parameters of a Persimmon model, read from and written to `config.json`.
+
+Choices: field names are transformers'; the class defaults are Persimmon-8B. Every value is checked when a config is
+made, so no other module checks it again. Keys that this package does not use are kept in `extra` and written back. The
+rotary parameters are three flat fields here; the file names them twice on writing, in the nested form that
+transformers 5 reads and the flat form that transformers 4 reads.
+
+Importing this module does not import torch: dtypes are names.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import reprlib
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from persimmon_fast import strict_json
+from persimmon_fast.rope_scaling import RopeScalingError, check_rope_scaling
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    import torch
+
+CONFIG_NAME = "config.json"
+TRAINED_ROPE_THETA = 25000.0  # Adept's; transformers 5 takes 10000 where a config names none
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+
+_MAX_INT32 = 2**31 - 1  # token ids and sizes are int32 in the kernels
+_MAX_POSITIONS = 2**24  # fp32 angles hold each integer position exactly up to here
+_MAX_LAYERS = 4096  # far above any model, small enough to list all tensor names
+_MAX_FLOAT32 = 3.4e38
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 100
+_short.maxlevel = 3
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be a Persimmon.
+
+    Attributes:
+        file: path of the file it came from, or None.
+        key: the offending key.
+        expected, found: the two halves of the message.
+    """
+
+    def __init__(self, key: str, expected: str, found: str, file: str | None = None) -> None:
+        self.key, self.expected, self.found, self.file = key, expected, found, file
+        where = f"{file}: " if file else ""
+        super().__init__(f"{where}{key}: expected {expected}, found {found}")
+
+    def in_file(self, file: str) -> ConfigError:
+        """The same error with the file named."""
+        return ConfigError(self.key, self.expected, self.found, file)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PersimmonConfig:
+    """Hyper-parameters of a Persimmon model; immutable, checked when made.
+
+    Args:
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: width of the residual stream; a multiple of `num_attention_heads`.
+        intermediate_size: neurons of the MLP.
+        num_hidden_layers: decoder layers.
+        num_attention_heads: heads of queries, keys and values alike (Persimmon has no grouped queries).
+        max_position_embeddings: longest sequence in tokens, at most 2**24 (exact in fp32).
+        hidden_act: "relu2", max(x, 0)^2, the only activation Persimmon was trained with.
+        layer_norm_eps: added to the variance, dimensionless, > 0.
+        initializer_range: standard deviation of fresh weights.
+        use_cache: whether generation keeps keys and values.
+        tie_word_embeddings: whether `lm_head` is the embedding.
+        qk_layernorm: whether queries and keys pass a LayerNorm per head before rotary.
+        hidden_dropout, attention_dropout: probabilities in [0, 1], active in training alone.
+        partial_rotary_factor: rotated fraction of a head, in (0, 1]; `rotary_dim` must come out even.
+        rope_theta: base of the rotary frequencies, > 1.
+        rope_scaling: None, or a mapping with "rope_type" and the keys that type takes (see `rope_scaling.py`). Treat it
+            as read-only.
+        bos_token_id, pad_token_id: token ids below vocab_size, or None.
+        eos_token_id: one id, several (kept as a tuple), or None. `eos_token_ids` is always a tuple.
+        dtype: "float32", "float16", "bfloat16" or None; a torch.dtype is accepted. What "auto" loads.
+        extra: other keys of the JSON file, kept as they are. Treat it as read-only.
+
+    Raises:
+        ConfigError: (a ValueError) any value outside of what is said above, naming key, expected and found.
+
+    Source: transformers PersimmonConfig 4.57 and 5.23; sizes and theta from Adept's release of Persimmon-8B.
+    """
+
+    model_type: ClassVar[str] = "persimmon"
+
+    vocab_size: int = 262144
+    hidden_size: int = 4096
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 64
+    max_position_embeddings: int = 16384
+    hidden_act: str = "relu2"
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    qk_layernorm: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    partial_rotary_factor: float = 0.5
+    rope_theta: float = TRAINED_ROPE_THETA
+    rope_scaling: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    bos_token_id: int | None = 1
+    eos_token_id: int | Sequence[int] | None = 2
+    pad_token_id: int | None = None
+    dtype: str | torch.dtype | None = None
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    # ---- what follows from the fields ----
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading elements of each head that are rotated; even."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def rope_type(self) -> str:
+        """ "default" or the "rope_type" of `rope_scaling`."""
+        return "default" if self.rope_scaling is None else str(self.rope_scaling["rope_type"])
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a text, possibly none."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the causal language model; a tied head counts once."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        norms = 4 * hidden + (4 * self.head_dim if self.qk_layernorm else 0)
+        attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
+        mlp = 2 * hidden * inner + inner + hidden
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
+        return tables + self.num_hidden_layers * (norms + attention + mlp) + 2 * hidden
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """`dtype` as torch's object."""
+        if self.dtype is None:
+            return None
+        import torch
+
+        result = getattr(torch, str(self.dtype))
+        assert isinstance(result, torch.dtype)
+        return result
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    # ---- checks ----
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            self._check_int(key, 1, _MAX_INT32)
+        self._check_int("num_hidden_layers", 1, _MAX_LAYERS)
+        self._check_int("max_position_embeddings", 1, _MAX_POSITIONS)
+        for key in ("use_cache", "tie_word_embeddings", "qk_layernorm"):
+            if not isinstance(getattr(self, key), bool):
+                raise self._error(key, "true or false")
+        if self.hidden_act != "relu2":
+            raise self._error("hidden_act", "'relu2', the only activation of Persimmon")
+        self._check_float("layer_norm_eps", "a finite number > 0", lambda x: 0 < x <= _MAX_FLOAT32)
+        self._check_float("initializer_range", "a finite number >= 0", lambda x: 0 <= x <= _MAX_FLOAT32)
+        self._check_float("hidden_dropout", "a probability in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_float("attention_dropout", "a probability in [0, 1]", lambda x: 0 <= x <= 1)
+        self._check_float("partial_rotary_factor", "a fraction in (0, 1]", lambda x: 0 < x <= 1)
+        self._check_float("rope_theta", "a finite number > 1", lambda x: 1 < x <= _MAX_FLOAT32)
+        self._check_shape()
+        self._check_token_ids()
+        self._check_dtype()
+        self._check_extra()
+        try:
+            scaling = check_rope_scaling(
+                self.rope_scaling,
+                rotary_dim=self.rotary_dim,
+                partial_rotary_factor=self.partial_rotary_factor,
+                max_position_embeddings=self.max_position_embeddings,
+            )
+        except RopeScalingError as error:
+            raise ConfigError(f"rope_scaling{error.key}", error.expected, _short.repr(error.found)) from None
+        self._set("rope_scaling", scaling)
+
+    def _set(self, key: str, value: Any) -> None:
+        object.__setattr__(self, key, value)  # frozen: only __post_init__ may
+
+    def _error(self, key: str, expected: str) -> ConfigError:
+        return ConfigError(key, expected, _describe(getattr(self, key)))
+
+    def _check_int(self, key: str, low: int, high: int) -> None:
+        value = getattr(self, key)
+        if type(value) is not int or not low <= value <= high:
+            raise self._error(key, f"an integer in [{low}, {high}]")
+
+    def _check_float(self, key: str, expected: str, accepts: Any) -> None:
+        value = getattr(self, key)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max or not accepts(value):
+            raise self._error(key, expected)
+        self._set(key, float(value))
+
+    def _check_shape(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise self._error("hidden_size", f"a multiple of num_attention_heads = {self.num_attention_heads}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ConfigError(
+                "partial_rotary_factor",
+                "an even number >= 2 of rotated elements of a head",
+                f"int({self.head_dim} * {self.partial_rotary_factor}) = {self.rotary_dim}",
+            )
+        # Byte offsets are signed 64-bit; 8 bytes for the widest copy anybody makes of a parameter.
+        if self.num_parameters > (2**63 - 1) // 8:
+            raise ConfigError("hidden_size", "sizes whose bytes fit in 63 bits", f"{self.num_parameters} parameters")
+
+    def _check_token_ids(self) -> None:
+        expected = f"a token id in [0, {self.vocab_size - 1}] or null"
+        for key in ("bos_token_id", "pad_token_id"):
+            if not self._is_token_id(getattr(self, key)):
+                raise self._error(key, expected)
+        eos = self.eos_token_id
+        if isinstance(eos, list | tuple):
+            if not eos or not all(i is not None and self._is_token_id(i) for i in eos):
+                raise self._error("eos_token_id", f"{expected}, or a list of ids")
+            self._set("eos_token_id", tuple(eos))
+        elif not self._is_token_id(eos):
+            raise self._error("eos_token_id", f"{expected}, or a list of ids")
+
+    def _is_token_id(self, value: Any) -> bool:
+        return value is None or (type(value) is int and 0 <= value < self.vocab_size)
+
+    def _check_dtype(self) -> None:
+        if self.dtype is None:
+            return
+        is_torch_dtype = (type(self.dtype).__module__, type(self.dtype).__name__) == ("torch", "dtype")
+        name = str(self.dtype).removeprefix("torch.") if is_torch_dtype or isinstance(self.dtype, str) else ""
+        if name not in DTYPE_NAMES:
+            raise self._error("dtype", f"one of {', '.join(DTYPE_NAMES)}, or null")
+        self._set("dtype", name)
+
+    def _check_extra(self) -> None:
+        if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
+            raise self._error("extra", "a mapping of names to JSON values")
+        taken = (_FIELD_NAMES | _ROPE_KEYS | {"model_type", "torch_dtype"}) & self.extra.keys()
+        if taken:
+            raise ConfigError("extra", "names that are no field of the config", _short.repr(sorted(taken)))
+        for key, value in (("head_dim", self.head_dim), ("num_key_value_heads", self.num_attention_heads)):
+            found = self.extra.get(key)
+            if found is not None and (type(found) is not int or found != value):
+                raise ConfigError(key, f"{value}, which the other sizes imply", _describe(found))
+        if self.extra.get("quantization_config") is not None:
+            expected = "none: quantised checkpoints are not supported"
+            raise ConfigError("quantization_config", expected, _describe(self.extra["quantization_config"]))
+        self._set("extra", copy.deepcopy(dict(self.extra)))
+
+    # ---- reading ----
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A config from the content of a `config.json` of transformers 4 or 5.
+
+        A key that is absent takes the class default. If no `rope_theta` is named anywhere, 25000 is taken and a
+        UserWarning says so.
+
+        Raises:
+            ConfigError: the model is none, or a value is wrong, or two places of `data` disagree.
+        """
+        values = dict(data)
+        model_type = values.pop("model_type", None)
+        if model_type not in (None, cls.model_type):
+            raise ConfigError("model_type", repr(cls.model_type), _describe(model_type))
+        old_dtype = values.pop("torch_dtype", None)
+        if values.get("dtype") is None:  # where both are given, transformers reads `dtype`
+            values["dtype"] = old_dtype
+        values.update(_flatten_rope({key: values.pop(key, None) for key in _ROPE_KEYS}))
+        fields = {key: values.pop(key) for key in _FIELD_NAMES & values.keys()}
+        if values.get("architectures") == _ARCHITECTURES:
+            del values["architectures"]
+        try:
+            config = cls(**fields, extra=values)
+        except ConfigError as error:
+            if not data.get("rope_scaling") and error.key.startswith("rope_scaling"):  # as the file names it
+                key = error.key.replace("rope_scaling", "rope_parameters")
+                raise ConfigError(key, error.expected, error.found) from None
+            raise
+        if "rope_theta" not in fields:
+            warnings.warn(
+                f"{CONFIG_NAME} names no rope_theta: taking {TRAINED_ROPE_THETA:g}, with which Persimmon was trained "
+                "(transformers 5 silently takes 10000, which rotates every position by the wrong angle). "
+                f'Write "rope_theta": {TRAINED_ROPE_THETA:g} to {CONFIG_NAME} to silence this.',
+                stacklevel=2,
+            )
+        return config
+
+    @classmethod
+    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
+        """`from_dict` of a file. Errors name it.
+
+        Raises:
+            ConfigError: there is no such file, or it is not a JSON object, or `from_dict` refuses it.
+        """
+        file = os.fspath(path)
+        try:
+            return cls.from_dict(strict_json.read_object(file))
+        except strict_json.JSONFormatError as error:
+            raise ConfigError("file", error.expected, error.found, file) from None
+        except OSError as error:
+            raise ConfigError("file", "a readable file", error.strerror or type(error).__name__, file) from None
+        except ConfigError as error:
+            raise error.in_file(file) from None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """The config of a checkpoint folder, `folder/config.json`.
+
+        Raises:
+            ConfigError: as `from_json_file`; a folder that does not exist gets a hint how to download one.
+        """
+        folder = os.fspath(folder)
+        if not os.path.isdir(folder):
+            found = f"{'a file' if os.path.exists(folder) else 'nothing'} there{download_hint(folder)}"
+            raise ConfigError("folder", f"a folder that holds {CONFIG_NAME}", found, folder)
+        return cls.from_json_file(os.path.join(folder, CONFIG_NAME))
+
+    # ---- writing ----
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `config.json`, JSON types only; `from_dict` returns an equal config.
+
+        `rope_parameters` is for transformers 5, the top-level `rope_theta`, `rope_scaling` and
+        `partial_rotary_factor` are for transformers 4; each ignores or agrees with the other's.
+        """
+        result = {"architectures": list(_ARCHITECTURES), **copy.deepcopy(dict(self.extra))}
+        result |= {key: getattr(self, key) for key in _FIELD_NAMES}
+        result["model_type"] = self.model_type
+        result["rope_scaling"] = copy.deepcopy(self.rope_scaling)
+        result["rope_parameters"] = {
+            **copy.deepcopy(self.rope_scaling or {"rope_type": "default"}),
+            "rope_theta": self.rope_theta,
+            "partial_rotary_factor": self.partial_rotary_factor,
+        }
+        if isinstance(self.eos_token_id, tuple):
+            result["eos_token_id"] = list(self.eos_token_id)
+        return result
+
+    def to_json_string(self) -> str:
+        """`to_dict` as indented JSON with sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes `folder/config.json`, making the folder; an existing file is replaced in one step."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{CONFIG_NAME}.tmp-{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json_string(), encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+_FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonConfig)) - {"extra"}
+_ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+_ARCHITECTURES = ["PersimmonForCausalLM"]
+
+
+def download_hint(folder: str) -> str:
+    """What to add to "no such folder": how to get a model if `folder` looks like a name on the Hugging Face Hub."""
+    parts = folder.split("/")
+    if len(parts) != 2 or not all(parts) or parts[0].startswith("."):
+        return ""
+    return (
+        f"; is this a name on the Hugging Face Hub? Nothing is downloaded here: run `hf download {folder} "
+        f"--local-dir {parts[1]}` and give that folder"
+    )
+
+
+def _flatten_rope(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary fields that a config file names, from its flat (v4) and nested (v5) forms, which must agree."""
+    found: dict[str, list[tuple[str, Any]]] = {"rope_theta": [], "partial_rotary_factor": [], "rope_scaling": []}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        found[key].append((key, named[key]))
+    for source in ("rope_parameters", "rope_scaling"):
+        value = named[source]
+        if value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(source, "a mapping or null", _describe(value))
+        rest = dict(value)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            found[key].append((f"{source}.{key}", rest.pop(key, None)))
+        old_type = rest.pop("type", None)  # the name of "rope_type" before transformers 4.43
+        if rest.setdefault("rope_type", old_type) is None:
+            rest["rope_type"] = "default" if old_type is None else old_type
+        if old_type not in (None, rest["rope_type"]):
+            raise ConfigError(f"{source}.type", f"rope_type = {_describe(rest['rope_type'])}", _describe(old_type))
+        rest = {key: item for key, item in rest.items() if item is not None}
+        if value:  # an empty mapping names nothing
+            found["rope_scaling"].append((source, rest))
+    result = {}
+    for key, places in found.items():
+        places = [(place, value) for place, value in places if value is not None]
+        for place, value in places[1:]:
+            first_place, first = places[0]
+            if value != first:
+                raise ConfigError(place, f"the same as {first_place} = {_short.repr(first)}", _describe(value))
+        if places:
+            result[key] = places[0][1]
+    return result
+
+
+def _describe(value: Any) -> str:
+    """A value as an error message shows it: short, with its type where the type is the news."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    try:
+        text = _short.repr(value)
+    except ValueError:  # an integer too long to print
+        text = "a huge number"
+    return text if isinstance(value, str) or value is None else f"{text} ({type(value).__name__})"
