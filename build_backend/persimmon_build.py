@@ -1,100 +1,118 @@
-"""PEP 517 backend: setuptools, but building against the torch that is already installed.
+"""PEP 517 backend: setuptools, built against the torch of the environment that is installed into.
 
-An extension using torch's C++ API only loads into the torch it was compiled for, and pip's
-isolated build environment would otherwise install a second torch that may differ from the
-user's. So: what the target environment already has is used from there; only what it lacks
-is asked of pip.
+An extension that uses torch's C++ API loads only into the torch that it was compiled for. A fixed list of build
+requirements would have pip put some torch into its isolated build environment, and the result would not load beside
+another one. So `requires` in pyproject.toml is empty, and the hooks below look at the target environment: what it has
+is used from there, and pip is asked for the rest.
 """
 
+from __future__ import annotations
+
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import ModuleType
+from typing import Any
 
-DEFAULT = {
-    "setuptools": "setuptools>=77",
-    "torch": "torch>=2.11,<2.14",
-    "ninja": "ninja>=1.11",
-    "cmake": "cmake>=3.25",
-    "pybind11": "pybind11>=2.13",
-}
-MINIMUM = {"setuptools": (77,), "torch": (2, 11), "pybind11": (2, 13)}
+import persimmon_toolchain as toolchain
 
+SETUPTOOLS = "setuptools>=77"  # the first to know licence expressions (PEP 639)
+Settings = dict[str, Any] | None
+
+# Runs in the target environment: its search path, and the version of what a build may need.
 _PROBE = """
-import json, shutil, sys, importlib.metadata as m
-out = {"path": [p for p in sys.path if p], "have": {}}
-for n in ("setuptools", "torch", "pybind11", "ninja", "cmake"):
-    try: out["have"][n] = m.version(n)
-    except m.PackageNotFoundError: pass
-print(json.dumps(out))
+import importlib.metadata, json, sys
+versions = {}
+for name in ("setuptools", "torch", "cmake", "ninja"):
+    try:
+        versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps([[entry for entry in sys.path if entry], versions]))
 """
 
 
-def _host():
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-    if os.environ.get("PERSIMMON_BUILD_ISOLATED") == "1":
-        return {"path": [], "have": {}}
-    try:
-        return json.loads(subprocess.check_output([sys.executable, "-c", _PROBE], env=env, text=True))
-    except Exception:
-        return {"path": [], "have": {}}
+def _target() -> tuple[list[str], dict[str, str]]:
+    """Search path and versions of the environment that is installed into.
+
+    pip isolates a build by PYTHONPATH and PYTHONNOUSERSITE alone; sys.executable stays the target's Python.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    path, versions = json.loads(subprocess.check_output([sys.executable, "-c", _PROBE], env=env, text=True))
+    return path, versions
 
 
-def _version(s):
-    out = []
-    for part in s.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        out.append(int(part))
-    return tuple(out)
+def _setuptools_missing(versions: dict[str, str]) -> list[str]:
+    return [] if toolchain.parse_version(versions.get("setuptools", "")) >= (77,) else [SETUPTOOLS]
 
 
-def _missing(host):
-    import shutil
-
-    need = []
-    for name, req in DEFAULT.items():
-        have = host["have"].get(name)
-        if have and _version(have) >= MINIMUM.get(name, (0,)):
-            continue
-        if name in ("ninja", "cmake") and shutil.which(name):
-            continue
-        need.append(req)
-    return need
+def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
+    return _setuptools_missing(_target()[1])
 
 
-def _requires(config_settings=None):
-    return _missing(_host())
+def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
+    versions = _target()[1]
+    missing = _setuptools_missing(versions)
+    if "torch" in versions:
+        toolchain.check_torch_version(versions["torch"])  # asking pip for another one would replace the user's
+    else:
+        missing.append(toolchain.TORCH_RANGE)
+    if toolchain.parse_version(versions.get("cmake", "")) < toolchain.CMAKE_FIRST:
+        cmake = shutil.which("cmake")
+        if cmake is None or toolchain.cmake_version(cmake) < toolchain.CMAKE_FIRST:
+            missing.append("cmake>=3.25")
+    if "ninja" not in versions and shutil.which("ninja") is None:
+        missing.append("ninja")
+    toolchain.find_cxx()  # before pip downloads anything
+    return missing
 
 
-get_requires_for_build_wheel = get_requires_for_build_editable = _requires
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
-def get_requires_for_build_sdist(config_settings=None):
-    return [] if "setuptools" in _host()["have"] else [DEFAULT["setuptools"]]
-
-
-def _setuptools():
-    seen = set(sys.path)
-    sys.path += [p for p in _host()["path"] if p not in seen]  # after the isolated ones
+def _setuptools() -> ModuleType:
+    """setuptools' own backend, with the target environment's packages behind those of the isolated one."""
+    sys.path += [entry for entry in _target()[0] if entry not in sys.path]
     from setuptools import build_meta
 
     return build_meta
 
 
-def _hook(name):
-    def call(*args, **kwargs):
-        return getattr(_setuptools(), name)(*args, **kwargs)
-
-    call.__name__ = name
-    return call
+def build_sdist(sdist_directory: str, config_settings: Settings = None) -> str:
+    return str(_setuptools().build_sdist(sdist_directory, config_settings))
 
 
-for _n in (
-    "build_wheel",
-    "build_sdist",
-    "build_editable",
-    "prepare_metadata_for_build_wheel",
-    "prepare_metadata_for_build_editable",
-):
-    globals()[_n] = _hook(_n)
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Settings = None) -> str:
+    return str(_setuptools().prepare_metadata_for_build_wheel(metadata_directory, config_settings))
+
+
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: Settings = None) -> str:
+    return str(_setuptools().prepare_metadata_for_build_editable(metadata_directory, config_settings))
+
+
+def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+    name = str(_setuptools().build_wheel(wheel_directory, config_settings, metadata_directory))
+    _show_summary()
+    return name
+
+
+def build_editable(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
+    name = str(_setuptools().build_editable(wheel_directory, config_settings, metadata_directory))
+    _show_summary()
+    return name
+
+
+def _show_summary() -> None:
+    """Writes what was built to the terminal that pip runs in: pip keeps a successful build's output to itself.
+
+    pip is the parent of this process, and its standard output is where its own messages go. Nothing is written when
+    that is no terminal (redirected, piped, CI), or where there is no /proc.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{os.getppid()}/fd/1", "w") as output:
+        if output.isatty() and toolchain.build_summary:
+            output.write(f"\n  {toolchain.build_summary}\n  ")

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "build_info.h"
 #include "csrc/cpu/isa.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -13,6 +14,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_cpu_isa", [] { return isa_name(best_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name.c_str())); });
 
+  m.attr("build_summary") = PF_SUMMARY;  // one line: version, instruction sets, CUDA, compiler, torch
   m.attr("torch_version") = PF_TORCH_VERSION;
   m.attr("compiler") = PF_COMPILER;
   m.attr("cuda_archs") = PF_CUDA_ARCHS;  // "" when built without CUDA kernels

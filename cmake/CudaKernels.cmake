@@ -1,0 +1,27 @@
+# CUDA kernels: csrc/cuda/*.cu, which see no torch header. Included when PERSIMMON_CUDA is ON or KERNELS;
+# CMAKE_CUDA_ARCHITECTURES comes from setup.py.
+if(NOT CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90a-real 90-virtual)
+endif()
+set(CMAKE_CUDA_STANDARD 17)  # CMake 3.25 has no C++20 for nvcc
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+
+file(GLOB PF_CUDA_KERNELS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
+add_library(pf_cuda OBJECT ${PF_CUDA_KERNELS})
+target_include_directories(pf_cuda PRIVATE ${CMAKE_SOURCE_DIR})
+# -Xptxas -v: registers, shared memory and spills of every kernel appear in the build's output
+target_compile_options(pf_cuda PRIVATE --expt-relaxed-constexpr -lineinfo --threads=0 -Xptxas=-v
+  -Xcompiler=-Wall,-Wextra)
+
+if(PERSIMMON_CUDA STREQUAL "KERNELS")
+  add_library(pf_cuda_check SHARED $<TARGET_OBJECTS:pf_cuda>)
+  set_target_properties(pf_cuda_check PROPERTIES LINKER_LANGUAGE CUDA)
+  target_link_options(pf_cuda_check PRIVATE -Wl,--no-undefined)
+else()
+  target_sources(_C PRIVATE $<TARGET_OBJECTS:pf_cuda>)
+  target_compile_definitions(_C PRIVATE PF_WITH_CUDA)
+  target_link_libraries(_C PRIVATE torch::cuda CUDA::cudart)
+endif()
