@@ -1,0 +1,38 @@
+// linear_residual: out[m, n] = residual[m, n] + bias[n] + sum_k x[m, k] * weight[n, k]      m < num_rows <= 16
+//
+// Work      stream_rows for the features of this thread, then one pass over its fp32 sums
+// Traffic   weight once; the rest is small
+// Bound     memory
+// Numerics  fp32 sums, bias and residual added in fp32, one rounding
+#include "csrc/cpu/linear_residual.h"
+
+#include "csrc/cpu/vec.h"
+
+namespace persimmon_fast::cpu::PF_ISA {
+
+void linear_residual(const LinearResidualParams& p, int64_t begin, int64_t end) {
+  PF_ISA::stream_rows(p.product, begin, end);
+  dispatch_dtype(p.product.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t m = 0; m < p.product.num_rows; ++m) {
+      const float* sums = p.product.out + m * p.product.out_row_stride;
+      const T* bias = static_cast<const T*>(p.bias);
+      const T* residual = static_cast<const T*>(p.residual) + m * p.residual_row_stride;
+      T* out = static_cast<T*>(p.out) + m * p.out_row_stride;
+      int64_t n = begin;
+      for (; n + Vec::kWidth <= end; n += Vec::kWidth) {
+        Vec sum = load(sums + n);
+        if (bias != nullptr) sum = sum + load(bias + n);
+        store(out + n, sum + load(residual + n));
+      }
+      if (n < end) {
+        const int tail = static_cast<int>(end - n);
+        Vec sum = load_n(sums + n, tail);
+        if (bias != nullptr) sum = sum + load_n(bias + n, tail);
+        store_n(out + n, sum + load_n(residual + n, tail), tail);
+      }
+    }
+  });
+}
+
+}  // namespace persimmon_fast::cpu::PF_ISA
