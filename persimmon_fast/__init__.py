@@ -1,5 +1,44 @@
-"""Persimmon-8B on handwritten kernels. Importing this starts neither CUDA nor the heavy dependencies."""
+"""Persimmon-8B and Fuyu's language model on handwritten kernels.
+
+    from persimmon_fast import PersimmonForCausalLM, PersimmonTokenizer
+
+Importing the package is cheap: names are loaded when first used, and nothing here starts CUDA.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from persimmon_fast.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from persimmon_fast.checkpoint import CheckpointError
+    from persimmon_fast.config import PersimmonConfig
+    from persimmon_fast.generation import GenerateOutput, GenerationConfig
+    from persimmon_fast.kv_cache import PagedKVCache
+    from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
+    from persimmon_fast.tokenizer import PersimmonTokenizer, TextStreamer
+
+_HOME = {
+    "CheckpointError": "checkpoint",
+    "GenerateOutput": "generation",
+    "GenerationConfig": "generation",
+    "PagedKVCache": "kv_cache",
+    "PersimmonConfig": "config",
+    "PersimmonForCausalLM": "model",
+    "PersimmonModel": "model",
+    "PersimmonTokenizer": "tokenizer",
+    "TextStreamer": "tokenizer",
+}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'persimmon_fast' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"persimmon_fast.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from persimmon_fast import _C
+from persimmon_fast.config import PersimmonConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the largest magnitude in the expected tensor: about two roundings of the dtype.
@@ -63,3 +65,33 @@ def assert_within_contract(actual: Tensor, expected: Tensor, plain: Tensor, what
             f"{expected.flatten()[worst].item():.7g}) exceeds {bound:.3e} = 2 x torch's {max_error(plain, expected):.3e}"
             f" + floor; dtype {actual.dtype}"
         )
+
+
+def tiny_config(**changes: object) -> PersimmonConfig:
+    """A Persimmon of two layers that runs in milliseconds; rotary_dim 8 of head_dim 16."""
+    values: dict[str, object] = {
+        "vocab_size": 160,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return PersimmonConfig(**(values | changes))
+
+
+def hf_model(config: PersimmonConfig, seed: int = 0) -> Any:
+    """transformers' PersimmonForCausalLM in fp32 with every parameter random, biases and LayerNorms included."""
+    from transformers import PersimmonConfig as HFConfig
+    from transformers import PersimmonForCausalLM as HFModel
+
+    model = HFModel(HFConfig(**config.to_dict())).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm_weight = "layernorm.weight" in name
+            parameter.copy_(1 + 0.2 * noise if is_norm_weight else 0.1 * noise)
+    return model

@@ -1,0 +1,492 @@
+"""The decoder: Persimmon composed from `ops`.
+
+Inside, a batch is packed: tokens of all sequences lie one after the other, `[num_tokens, hidden_size]`, and padding
+does not exist. Sequences of any length, left or right padding and masks with holes therefore cost only their real
+tokens and cannot change one another. Module and parameter names are those of transformers' checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from persimmon_fast import ops
+from persimmon_fast.checkpoint import load_checkpoint, save_checkpoint
+from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.generation import GenerationConfig, GenerationMixin
+from persimmon_fast.kv_cache import CacheSlots, PagedKVCache
+from persimmon_fast.rope import rope_cos_sin
+
+
+class RotaryTable:
+    """The cosines and sines of a model, made when first needed and grown with the longest sequence seen.
+
+    Not a buffer: model.to(bfloat16) must not round it (0.75 rad at position 1,000), and checkpoints do not hold it.
+    """
+
+    _MIN_ROWS = 2048
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        self._config = config
+        self._key: tuple[object, ...] | None = None
+        self._table = torch.empty(0)
+        stretch = config.rope_scaling["factor"] if config.rope_type == "dynamic" and config.rope_scaling else 1
+        self.limit = int(config.max_position_embeddings * stretch)
+
+    def __call__(self, seq_len: int, device: torch.device) -> Tensor:
+        """cos_sin [at least seq_len, rotary_dim] for sequences of up to seq_len tokens."""
+        if seq_len > self.limit:
+            raise ValueError(
+                f"position {seq_len - 1} is past this model's last position {self.limit - 1} "
+                f"(max_position_embeddings={self._config.max_position_embeddings}, rope type {self._config.rope_type})"
+            )
+        rows = min(self.limit, max(self._MIN_ROWS, 1 << (seq_len - 1).bit_length() if seq_len else 1))
+        # only these two types change their frequencies with the length of the sequence
+        served = seq_len if self._config.rope_type in ("dynamic", "longrope") else None
+        key = (rows, served, device)
+        if key != self._key:
+            self._table, self._key = rope_cos_sin(self._config, rows, served, device), key
+        return self._table
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """What attention needs to know about the tokens of one forward pass."""
+
+    position_ids: Tensor  # [num_tokens] int64, rows of cos_sin
+    cos_sin: Tensor  # [num_positions, rotary_dim] fp32
+    cu_seqlens_q: Tensor  # [batch_size + 1] int32
+    max_seqlen_q: int
+    slots: CacheSlots | None  # None: no cache
+
+
+class ModelOutput:
+    """Attribute, string and index access to the fields that are not None, as in transformers."""
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(self[key] for key in self.keys())
+
+    def keys(self) -> list[str]:
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            if key not in self.keys():
+                raise KeyError(key)
+            return getattr(self, key)
+        return self.to_tuple()[key]
+
+
+@dataclass
+class BaseModelOutputWithPast(ModelOutput):
+    last_hidden_state: Tensor  # [batch_size, seqlen, hidden_size], after the final LayerNorm, 0 at padding
+    past_key_values: PagedKVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # embeddings, then after each layer; the last is normalised
+
+
+@dataclass
+class CausalLMOutputWithPast(ModelOutput):
+    loss: Tensor | None = None  # scalar fp32: mean cross-entropy of the shifted labels that are not -100
+    logits: Tensor | None = None  # [batch_size, kept, vocab_size]
+    past_key_values: PagedKVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class PersimmonAttention(nn.Module):
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.eps = config.layer_norm_eps
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
+        self.k_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
+
+    def forward(self, x: Tensor, residual: Tensor, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        """residual + attention(x); x, residual [num_tokens, hidden_size]; kv: this layer's pages."""
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        projection = (
+            x,
+            self.query_key_value.weight,
+            self.query_key_value.bias,
+            q_norm.weight if q_norm is not None else None,
+            q_norm.bias if q_norm is not None else None,
+            k_norm.weight if k_norm is not None else None,
+            k_norm.bias if k_norm is not None else None,
+            batch.cos_sin,
+            batch.position_ids,
+            self.eps,
+            self.num_heads,
+        )
+        if kv is not None and batch.slots is not None:
+            q = ops.qkv_norm_rope_paged(*projection, batch.slots.slot_mapping, *kv)
+            out = ops.paged_attention(
+                q,
+                *kv,
+                batch.slots.page_table,
+                batch.slots.cache_seqlens,
+                cu_seqlens_q=batch.cu_seqlens_q,
+                max_seqlen_q=batch.max_seqlen_q,
+            )
+        else:
+            q, k, v = ops.qkv_norm_rope(*projection)
+            out, _ = ops.flash_attention(
+                q,
+                k,
+                v,
+                cu_seqlens_q=batch.cu_seqlens_q,
+                cu_seqlens_k=batch.cu_seqlens_q,
+                max_seqlen_q=batch.max_seqlen_q,
+                max_seqlen_k=batch.max_seqlen_q,
+            )
+        return ops.linear_residual(out.flatten(1), self.dense.weight, self.dense.bias, residual)
+
+
+class PersimmonMLP(nn.Module):
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense_4h_to_h = nn.Linear(config.intermediate_size, config.hidden_size)
+        with torch.no_grad():  # one row per neuron in memory: zeros of relu^2 can be skipped
+            self.dense_4h_to_h.weight = nn.Parameter(ops.to_neuron_major(self.dense_4h_to_h.weight))
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + dropout(mlp(x)); x, residual [num_tokens, hidden_size]."""
+        up, down = self.dense_h_to_4h, self.dense_4h_to_h
+        if self.training and self.dropout > 0:
+            out = ops.squared_relu_mlp(x, up.weight, up.bias, down.weight, down.bias)
+            return residual + F.dropout(out, self.dropout)
+        return ops.squared_relu_mlp(x, up.weight, up.bias, down.weight, down.bias, residual)
+
+
+class PersimmonDecoderLayer(nn.Module):
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.self_attn = PersimmonAttention(config)
+        self.mlp = PersimmonMLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def forward(self, x: Tensor, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        norm = self.input_layernorm
+        x = self.self_attn(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x, batch, kv)
+        norm = self.post_attention_layernorm
+        return self.mlp(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x)  # type: ignore[no-any-return]
+
+
+class PersimmonPreTrainedModel(nn.Module):
+    """Loading, saving and the facts that every Persimmon class shares."""
+
+    config: PersimmonConfig
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | str | None = "auto",
+        device: torch.device | str = "cpu",
+        check_finite: bool = False,
+        progress: bool = True,
+    ) -> Self:
+        """Loads a checkpoint folder in the layout of transformers.
+
+        Args:
+            folder: holds config.json and model.safetensors, its shards, or pytorch_model*.bin.
+            dtype: a torch.dtype or its name ("bfloat16"); "auto" or None: the dtype that config.json names, else
+                the stored one. Weights that need no conversion stay memory-mapped.
+            device: where the weights go.
+            check_finite: also look for NaN and inf in the weights (reads all of them once).
+            progress: a bar on a terminal when loading takes long.
+        Raises:
+            CheckpointError, ValueError: naming file, key, what was expected and what was found.
+        """
+        config = PersimmonConfig.from_pretrained(folder)
+        tensors = load_checkpoint(
+            folder, config, dtype=dtype, device=device, check_finite=check_finite, progress=progress
+        )
+        with torch.device("meta"):
+            model = cls(config)
+        cls._load(model, tensors)
+        if isinstance(model, GenerationMixin):
+            model.generation_config = GenerationConfig.from_pretrained(folder, config)
+        return model.eval()
+
+    @staticmethod
+    def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        model.load_state_dict(tensors, strict=True, assign=True)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Writes config.json, the weights and generation_config.json, in the layout of transformers. Atomic: a folder
+        of that name is either the old one or the complete new one."""
+        config = self.config.replace(dtype=str(self.dtype).removeprefix("torch."))
+        extra = {}
+        if isinstance(self, GenerationMixin):
+            extra["generation_config.json"] = self.generation_config.to_json()
+        save_checkpoint(Path(folder), config, self.state_dict(), max_shard_size=max_shard_size, extra_files=extra)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+class PersimmonModel(PersimmonPreTrainedModel):
+    """Embedding, decoder layers, final LayerNorm."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PersimmonDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.rotary = RotaryTable(config)
+        self._init_weights()
+
+    @staticmethod
+    def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        prefix = "model."
+        backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        model.load_state_dict(backbone, strict=True, assign=True)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedKVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of a padded batch.
+
+        Args:
+            input_ids: [batch_size, seqlen] int64; or inputs_embeds: [batch_size, seqlen, hidden_size].
+            attention_mask: [batch_size, seqlen] or [batch_size, past + seqlen], nonzero where a token counts; None:
+                everywhere. The columns of tokens that are already in the cache are not looked at again.
+            position_ids: [batch_size or 1, seqlen] int64; None: past, past + 1, ...
+            past_key_values: the cache of an earlier call, changed in place.
+            use_cache: None: config.use_cache, except where gradients are recorded.
+            output_hidden_states: also return the input of every layer and the final output.
+        Raises:
+            ValueError: naming the argument that does not fit.
+        """
+        embeds = self._embed(input_ids, inputs_embeds)
+        batch_size, seqlen, _ = embeds.shape
+        cache = self._cache(embeds, past_key_values, use_cache)
+        past = cache.num_columns if cache is not None else 0
+        lengths, kept = _packing(attention_mask, batch_size, seqlen, past)
+        if position_ids is None:
+            positions, seq_len = torch.arange(past, past + seqlen, device=embeds.device).unsqueeze(0), past + seqlen
+        else:
+            positions, seq_len = position_ids, _checked_seq_len(position_ids, batch_size, seqlen)
+        x, hidden_states = self.forward_packed(
+            _pack(embeds, kept),
+            _pack(positions.expand(batch_size, -1), kept),
+            lengths,
+            seq_len,
+            cache,
+            output_hidden_states=output_hidden_states,
+        )
+        if cache is not None:
+            cache.num_columns += seqlen
+
+        def unpack(packed: Tensor) -> Tensor:
+            if kept is not None:
+                packed = packed.new_zeros(batch_size * seqlen, packed.shape[1]).index_copy(0, kept, packed)
+            return packed.view(batch_size, seqlen, -1)
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=unpack(x),
+            past_key_values=cache,
+            hidden_states=tuple(unpack(h) for h in hidden_states) if output_hidden_states else None,
+        )
+
+    def forward_packed(
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        lengths: list[int],
+        seq_len: int,
+        cache: PagedKVCache | None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The decoder on packed embeddings x [num_tokens, hidden_size], position_ids [num_tokens]; lengths[b]: tokens
+        of sequence b; seq_len: largest position + 1. Returns the normalised output like x, and the hidden states that
+        were asked for."""
+        cos_sin = self.rotary(seq_len, x.device)
+        cu_seqlens = torch.tensor([0, *lengths], device=x.device).cumsum(0, dtype=torch.int32)
+        batch = PackedBatch(
+            position_ids=position_ids,
+            cos_sin=cos_sin,
+            cu_seqlens_q=cu_seqlens,
+            max_seqlen_q=max(lengths, default=0),
+            slots=cache.append(lengths) if cache is not None else None,
+        )
+        hidden_states = []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                hidden_states.append(x)
+            x = layer(x, batch, (cache.k[index], cache.v[index]) if cache is not None else None)
+        norm = self.final_layernorm
+        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+        if output_hidden_states:
+            hidden_states.append(x)
+        return x, hidden_states
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is not None:
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must be [batch_size, seqlen, hidden_size={self.config.hidden_size}], "
+                    f"got {list(inputs_embeds.shape)}"
+                )
+            return inputs_embeds.to(self.dtype)
+        assert input_ids is not None
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [batch_size, seqlen], got {list(input_ids.shape)}")
+        return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
+
+    def _cache(self, embeds: Tensor, past: PagedKVCache | None, use_cache: bool | None) -> PagedKVCache | None:
+        records_gradients = torch.is_grad_enabled() and (
+            embeds.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        if records_gradients:
+            if past is not None or use_cache:
+                raise ValueError(
+                    "the key/value cache does not carry gradients: call under torch.no_grad(), or without "
+                    "past_key_values and use_cache=True"
+                )
+            return None
+        if past is not None:
+            if not isinstance(past, PagedKVCache):
+                raise ValueError(f"past_key_values must be a PagedKVCache, got {type(past).__name__}")
+            if past.batch_size != embeds.shape[0]:
+                raise ValueError(f"past_key_values holds {past.batch_size} sequences, the batch {embeds.shape[0]}")
+            return past
+        if not (self.config.use_cache if use_cache is None else use_cache):
+            return None
+        return PagedKVCache(self.config, embeds.shape[0], embeds.shape[1] + 1, dtype=embeds.dtype, device=embeds.device)
+
+
+class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
+    """The language model: decoder and head. `generate` is in generation.py."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = PersimmonModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.generation_config = GenerationConfig.from_model_config(config)
+
+    @staticmethod
+    def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+        assert isinstance(model, PersimmonForCausalLM)
+        if model.config.tie_word_embeddings:
+            tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+        model.load_state_dict(tensors, strict=True, assign=True)
+        if model.config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PagedKVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool = False,
+        logits_to_keep: int | Tensor = 0,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss if labels are given. Arguments as in `PersimmonModel.forward`, and:
+
+        Args:
+            labels: [batch_size, seqlen] int64, -100: ignored; shifted inside, so labels = input_ids is right.
+            logits_to_keep: logits of the last that many positions, 0: of all; or a 1-D tensor of positions. A 16K
+                prompt's logits are 16 GiB in fp32: ask for what you need.
+        """
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+        )
+        hidden = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            if labels.shape != logits.shape[:2]:
+                raise ValueError(f"labels must be {list(logits.shape[:2])} as the logits, got {list(labels.shape)}")
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+
+
+def _checked_seq_len(position_ids: Tensor, batch_size: int, seqlen: int) -> int:
+    """Largest position + 1, after checking shape and sign."""
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != seqlen:
+        raise ValueError(
+            f"position_ids must be [batch_size={batch_size} or 1, seqlen={seqlen}], got {list(position_ids.shape)}"
+        )
+    if position_ids.numel() == 0:
+        return 0
+    low, high = position_ids.aminmax()
+    if int(low) < 0:
+        raise ValueError(f"position_ids must be >= 0, got {int(low)}")
+    return int(high) + 1
+
+
+def _packing(mask: Tensor | None, batch_size: int, seqlen: int, past: int) -> tuple[list[int], Tensor | None]:
+    """(tokens per sequence, indices of the real tokens in the flattened batch or None if all are real)."""
+    if mask is None:
+        return [seqlen] * batch_size, None
+    if mask.dim() != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (seqlen, past + seqlen):
+        raise ValueError(
+            f"attention_mask must be [batch_size={batch_size}, seqlen={seqlen} or past + seqlen={past + seqlen}], "
+            f"got {list(mask.shape)}"
+        )
+    real = mask[:, mask.shape[1] - seqlen :].bool()
+    lengths = real.sum(1).tolist()
+    if all(n == seqlen for n in lengths):
+        return lengths, None
+    return lengths, real.flatten().nonzero().squeeze(1)
+
+
+def _pack(padded: Tensor, kept: Tensor | None) -> Tensor:
+    flat = padded.flatten(0, 1)
+    return flat if kept is None else flat[kept]
+
+
+__all__ = [
+    "BaseModelOutputWithPast",
+    "CausalLMOutputWithPast",
+    "PersimmonForCausalLM",
+    "PersimmonModel",
+    "PersimmonPreTrainedModel",
+]

@@ -1,0 +1,254 @@
+"""The decoder on its kernels: against transformers, against itself (cache, padding, batching), and its errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import DTYPES, FLOOR, hf_model, max_error, tiny_config
+
+from persimmon_fast import PersimmonConfig, PersimmonForCausalLM, PersimmonModel
+from persimmon_fast.kv_cache import PAGE_SIZE, PagedKVCache
+
+TOLERANCE = 1e-5
+
+
+def random_ids(batch_size: int, seqlen: int, vocab: int = 160, seed: int = 3) -> torch.Tensor:
+    return torch.randint(vocab, (batch_size, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """(ours, theirs) with the same random weights, fp32."""
+    config = tiny_config()
+    theirs, ours = hf_model(config), PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.fixture
+def ours(pair):
+    return pair[0]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("seqlen", [1, 2, 16, 17, 63, 64, 65, 200])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_logits_equal_transformers(pair, seqlen, use_cache):
+    ours, theirs = pair
+    ids = random_ids(2, seqlen)
+    actual = ours(ids, use_cache=use_cache)
+    assert max_error(actual.logits, theirs(ids).logits) < TOLERANCE
+    assert (actual.past_key_values is not None) == use_cache
+
+
+@pytest.mark.parametrize("qk_layernorm", [True, False])
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 1.0])
+def test_config_variants_equal_transformers(qk_layernorm, fraction):
+    config = tiny_config(qk_layernorm=qk_layernorm, partial_rotary_factor=fraction)
+    theirs, ours = hf_model(config), PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ids = random_ids(3, 30)
+    assert max_error(ours(ids).logits, theirs(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_within_the_contract(pair, dtype):
+    """At most twice the error that transformers makes in the same dtype, against its fp32 logits."""
+    config, ids = pair[0].config, random_ids(4, 50)
+    exact = pair[1](ids).logits
+    theirs = hf_model(config).to(dtype)
+    theirs.model.rotary_emb.inv_freq = pair[1].model.rotary_emb.inv_freq  # .to() rounds it: not our baseline
+    ours = PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(pair[1].state_dict())
+    error = max_error(ours.to(dtype)(ids).logits, exact)
+    assert error <= 2 * max_error(theirs(ids).logits, exact) + FLOOR[dtype] * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
+def test_masks_equal_transformers(pair, side):
+    ours, theirs = pair
+    ids, mask = random_ids(3, 40), torch.ones(3, 40, dtype=torch.long)
+    if side == "left":
+        mask[1, :7], mask[2, :39] = 0, 0
+    elif side == "right":
+        mask[1, 33:], mask[2, 1:] = 0, 0
+    else:
+        mask[1, 5:9], mask[2, ::3] = 0, 0
+    expected, actual = theirs(ids, attention_mask=mask).logits, ours(ids, attention_mask=mask).logits
+    assert max_error(actual[mask.bool()], expected[mask.bool()]) < TOLERANCE
+
+
+def test_prefill_of_n_equals_n_decode_steps(ours):
+    ids = random_ids(2, 70)  # past one page
+    whole = ours(ids).logits
+    cache, steps = None, []
+    for i in range(70):
+        out = ours(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        steps.append(out.logits)
+    assert max_error(torch.cat(steps, 1), whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("cut", [1, 30, 64, 65, 99])
+def test_prefill_in_two_parts_equals_one(ours, cut):
+    ids, mask = random_ids(2, 100), torch.ones(2, 100, dtype=torch.long)
+    mask[0, :20] = 0
+    whole = ours(ids, attention_mask=mask).logits
+    first = ours(ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True)
+    second = ours(ids[:, cut:], attention_mask=mask, past_key_values=first.past_key_values)
+    both = torch.cat([first.logits, second.logits], 1)
+    assert max_error(both[mask.bool()], whole[mask.bool()]) < TOLERANCE
+
+
+def test_batch_equals_singles(ours):
+    ids = random_ids(5, 33)
+    together = ours(ids).logits
+    for row in range(5):
+        assert max_error(ours(ids[row : row + 1]).logits[0], together[row]) < TOLERANCE
+
+
+def test_same_bits_twice(ours):
+    ids = random_ids(2, 90)
+    assert torch.equal(ours(ids).logits, ours(ids).logits)
+
+
+def test_inputs_embeds_and_position_ids(pair):
+    ours, theirs = pair
+    ids, positions = random_ids(2, 20), torch.arange(7, 47, 2).unsqueeze(0)
+    embeds = ours.model.embed_tokens(ids)
+    expected = theirs(ids, position_ids=positions).logits
+    assert max_error(ours(inputs_embeds=embeds, position_ids=positions).logits, expected) < TOLERANCE
+    assert max_error(ours(ids).logits, expected) > 100 * TOLERANCE  # the positions were looked at
+
+
+def test_hidden_states_equal_transformers(pair):
+    ours, theirs = pair
+    ids, mask = random_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = theirs(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    actual = ours(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert len(actual) == len(expected) == 3
+    for a, e in zip(actual, expected, strict=True):
+        assert max_error(a[mask.bool()], e[mask.bool()]) < TOLERANCE
+
+
+def test_loss_equals_transformers(pair):
+    ours, theirs = pair
+    ids = random_ids(2, 20)
+    labels = ids.clone()
+    labels[1, 10:] = -100
+    assert abs(ours(ids, labels=labels).loss.item() - theirs(ids, labels=labels).loss.item()) < TOLERANCE
+
+
+@pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 3])], ids=str)
+def test_logits_to_keep(pair, keep):
+    ours, theirs = pair
+    ids = random_ids(2, 20)
+    expected = theirs(ids, logits_to_keep=keep).logits
+    actual = ours(ids, logits_to_keep=keep).logits
+    assert actual.shape == expected.shape
+    assert max_error(actual, expected) < TOLERANCE
+
+
+def test_output_access(ours):
+    out = ours(random_ids(1, 3))
+    assert out.keys() == ["logits", "past_key_values"]
+    assert out["logits"] is out.logits is out[0]
+    assert out[:1] == (out.logits,)
+    with pytest.raises(KeyError):
+        out["loss"]
+
+
+def test_cache_pages_grow_are_shared_and_freed(ours):
+    ids = random_ids(1, 100)
+    cache = PagedKVCache(ours.config, 1, 1, dtype=torch.float32)  # room for one page: it must grow
+    ours(ids, past_key_values=cache)
+    assert cache.seqlens == [100]
+    cache.repeat_interleave(3)
+    pages = cache._pages
+    assert pages[0][0] == pages[1][0] == pages[2][0]  # the full page is shared
+    assert len({p[1] for p in pages}) == 3  # the last one is not
+    following = random_ids(3, 40, seed=8)
+    together = ours(following, past_key_values=cache).logits
+    for row in range(3):
+        alone = ours(torch.cat([ids, following[row : row + 1]], 1)).logits[:, 100:]
+        assert max_error(together[row], alone[0]) < TOLERANCE
+    cache.keep([2])
+    assert cache.seqlens == [140]
+    held = {page for pages in cache._pages for page in pages}
+    assert set(cache._free).isdisjoint(held)
+    assert len(cache._free) + len(held) == cache.k[0].shape[0]
+    more = random_ids(1, 3 * PAGE_SIZE, seed=9)[:, :100]
+    alone = ours(torch.cat([ids, following[2:], more], 1)).logits[:, 140:]
+    assert max_error(ours(more, past_key_values=cache).logits, alone) < TOLERANCE
+
+
+def test_padding_takes_no_cache_and_no_products(ours):
+    ids, mask = random_ids(2, 50), torch.ones(2, 50, dtype=torch.long)
+    mask[0, :45] = 0
+    cache = ours(ids, attention_mask=mask).past_key_values
+    assert cache.seqlens == [5, 50]
+    assert cache.get_seq_length() == 50
+
+
+def test_dtype_move_keeps_rotary_angles_and_memory_order(ours):
+    config = ours.config
+    model = PersimmonForCausalLM(config).eval()
+    model.load_state_dict(ours.state_dict())
+    moved = model.to(torch.float16).to(torch.float32)
+    assert moved.model.rotary(10, torch.device("cpu")).dtype == torch.float32
+    assert moved.model.layers[0].mlp.dense_4h_to_h.weight.stride() == (1, config.hidden_size)
+
+
+def test_backbone_equals_the_model_inside(ours):
+    backbone = PersimmonModel(ours.config).eval()
+    backbone.load_state_dict(ours.model.state_dict())
+    ids = random_ids(2, 9)
+    assert torch.equal(backbone(ids).last_hidden_state, ours.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": torch.zeros(3, dtype=torch.long)}, r"input_ids must be \[batch_size, seqlen\], got \[3\]"),
+        ({"inputs_embeds": torch.zeros(1, 2, 47)}, r"hidden_size=48\], got \[1, 2, 47\]"),
+        ({"attention_mask": torch.ones(1, 5)}, r"attention_mask must be .*seqlen=4.*, got \[1, 5\]"),
+        ({"position_ids": torch.zeros(3, 4)}, r"position_ids must be .*seqlen=4\], got \[3, 4\]"),
+        ({"position_ids": torch.tensor([[0, 1, 2, 256]])}, "position 256 is past this model's last position 255"),
+        ({"position_ids": torch.tensor([[0, -1, 2, 3]])}, "position_ids must be >= 0, got -1"),
+        ({"labels": torch.zeros(1, 3, dtype=torch.long)}, r"labels must be \[1, 4\] as the logits, got \[1, 3\]"),
+        ({"past_key_values": "x"}, "past_key_values must be a PagedKVCache, got str"),
+    ],
+)
+def test_errors(ours, arguments, match):
+    if arguments and "input_ids" not in arguments and "inputs_embeds" not in arguments:
+        arguments = {"input_ids": random_ids(1, 4)} | arguments
+    with pytest.raises(ValueError, match=match):
+        ours(**arguments)
+
+
+def test_past_the_last_position_is_an_error(ours):
+    with pytest.raises(ValueError, match="position 256 is past"):
+        ours(random_ids(1, 257))
+
+
+def test_cache_with_gradients_is_an_error(ours):
+    with torch.enable_grad(), pytest.raises(ValueError, match="cache does not carry gradients"):
+        ours(random_ids(1, 4), use_cache=True)
+
+
+def test_cache_of_another_batch_is_an_error(ours):
+    cache = ours(random_ids(2, 4)).past_key_values
+    with pytest.raises(ValueError, match="past_key_values holds 2 sequences, the batch 3"):
+        ours(random_ids(3, 1), past_key_values=cache)
+
+
+def test_default_config_is_the_8b_model():
+    with torch.device("meta"):
+        assert PersimmonForCausalLM(PersimmonConfig()).num_parameters() == 9_397_175_296
