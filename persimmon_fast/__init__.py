@@ -29,7 +29,18 @@ _HOME = {
     "TextStreamer": "tokenizer",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [
+    "CheckpointError",
+    "GenerateOutput",
+    "GenerationConfig",
+    "PagedKVCache",
+    "PersimmonConfig",
+    "PersimmonForCausalLM",
+    "PersimmonModel",
+    "PersimmonTokenizer",
+    "TextStreamer",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

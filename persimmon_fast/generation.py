@@ -27,7 +27,9 @@ from persimmon_fast.streaming import StreamingDecoder
 from persimmon_fast.tokenizer import PersimmonTokenizer
 
 if TYPE_CHECKING:
-    from persimmon_fast.model import PersimmonForCausalLM
+    from torch import nn
+
+    from persimmon_fast.model import PersimmonModel
 
 
 class Streamer(Protocol):
@@ -161,10 +163,19 @@ class GenerationMixin:
     """`generate` for a model with `model.forward_packed` and `lm_head`."""
 
     generation_config: GenerationConfig
+    if TYPE_CHECKING:  # what the model brings
+        config: PersimmonConfig
+        model: PersimmonModel
+        lm_head: nn.Linear
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+        @property
+        def device(self) -> torch.device: ...
 
     @torch.inference_mode()
     def generate(
-        self: PersimmonForCausalLM,
+        self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         *,
@@ -248,7 +259,7 @@ class GenerationMixin:
         output = _output(prompts, tokens, logprobs, config)
         return output if return_dict_in_generate else output.sequences
 
-    def _decode_step(self: PersimmonForCausalLM, token_ids: Tensor, cache: PagedKVCache) -> Tensor:
+    def _decode_step(self, token_ids: Tensor, cache: PagedKVCache) -> Tensor:
         """Final hidden states [batch_size, hidden_size] after one more token of each sequence."""
         positions = torch.tensor(cache.seqlens, device=token_ids.device)
         embeds = self.model.embed_tokens(token_ids)
@@ -272,7 +283,7 @@ class _Prompts:
 
     @classmethod
     def from_padded(
-        cls, model: PersimmonForCausalLM, input_ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None
+        cls, model: GenerationMixin, input_ids: Tensor | None, mask: Tensor | None, embeds: Tensor | None
     ) -> _Prompts:
         device = model.device
         input_ids = None if input_ids is None else input_ids.to(device)
@@ -287,7 +298,8 @@ class _Prompts:
         kept = real.flatten().nonzero().squeeze(1).to(device)
         positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         if input_ids is None:
-            padded_ids, token_ids = torch.empty(batch_size, 0, dtype=torch.long), [[] for _ in lengths]
+            padded_ids = torch.empty(batch_size, 0, dtype=torch.long)
+            token_ids: list[list[int]] = [[] for _ in lengths]
         else:
             padded_ids = input_ids.cpu()
             token_ids = [row[keep].tolist() for row, keep in zip(padded_ids, real, strict=True)]
@@ -297,9 +309,7 @@ class _Prompts:
 class _TokenChooser:
     """Chooses the next token of each active sequence from its final hidden state."""
 
-    def __init__(
-        self, model: PersimmonForCausalLM, config: GenerationConfig, prompts: _Prompts, seed: int | None
-    ) -> None:
+    def __init__(self, model: GenerationMixin, config: GenerationConfig, prompts: _Prompts, seed: int | None) -> None:
         self._weight = model.lm_head.weight
         self._config = config
         self._greedy = not config.do_sample and config.repetition_penalty == 1.0

@@ -178,7 +178,7 @@ class PersimmonDecoderLayer(nn.Module):
         norm = self.input_layernorm
         x = self.self_attn(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x, batch, kv)
         norm = self.post_attention_layernorm
-        return self.mlp(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x)  # type: ignore[no-any-return]
+        return self.mlp(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x)
 
 
 class PersimmonPreTrainedModel(nn.Module):
@@ -369,7 +369,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
         assert input_ids is not None
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [batch_size, seqlen], got {list(input_ids.shape)}")
-        return self.embed_tokens(input_ids)  # type: ignore[no-any-return]
+        return self.embed_tokens(input_ids)
 
     def _cache(self, embeds: Tensor, past: PagedKVCache | None, use_cache: bool | None) -> PagedKVCache | None:
         records_gradients = torch.is_grad_enabled() and (

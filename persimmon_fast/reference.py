@@ -46,8 +46,9 @@ def apply_rope(x: Tensor, cos_sin: Tensor, position_ids: Tensor) -> Tensor:
     columns, sines in the second; position_ids [num_tokens]. The result is in fp32.
     """
     half = cos_sin.shape[-1] // 2
-    cos, sin = _wide(cos_sin)[position_ids].unsqueeze(1).split(half, dim=-1)  # [num_tokens, 1, half]
-    first, second, rest = _wide(x).split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    cos, sin = _wide(cos_sin)[position_ids].unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, half]
+    wide = _wide(x)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
