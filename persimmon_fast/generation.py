@@ -41,7 +41,7 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How tokens are chosen and when to stop. Read from generation_config.json; `generate` takes each field as a keyword.
+    """How tokens are chosen and when to stop: generation_config.json, or keywords of `generate`.
 
     Args:
         max_new_tokens: tokens to generate at most; None: max_length, else 256 or what fits before the position limit.

@@ -62,8 +62,8 @@ def assert_within_contract(actual: Tensor, expected: Tensor, plain: Tensor, what
         index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), expected.shape))
         raise AssertionError(
             f"{what}: error {float(error.max()):.3e} at {index} (got {actual.flatten()[worst].item():.7g}, expected "
-            f"{expected.flatten()[worst].item():.7g}) exceeds {bound:.3e} = 2 x torch's {max_error(plain, expected):.3e}"
-            f" + floor; dtype {actual.dtype}"
+            f"{expected.flatten()[worst].item():.7g}) exceeds {bound:.3e} = 2 x torch's "
+            f"{max_error(plain, expected):.3e} + floor; dtype {actual.dtype}"
         )
 
 
