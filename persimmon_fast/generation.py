@@ -127,18 +127,27 @@ class GenerationConfig:
             warnings.warn(f"{path}: ignored, not supported by generate: {', '.join(ignored)}", stacklevel=3)
         return loaded
 
-    def to_json(self) -> str:
-        """The fields that differ from the defaults."""
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the fields that differ from the defaults to generation_config.json, in one step."""
         default = type(self)()
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed = {k: v for k, v in named.items() if v != getattr(default, k)}
-        return json.dumps(changed, indent=2, default=list) + "\n"
+        path = Path(folder) / "generation_config.json"
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(changed, indent=2, default=list) + "\n", encoding="utf-8")
+        unfinished.replace(path)
 
 
-_HARMLESS_KEYS = {"_from_model_config", "transformers_version", "bos_token_id", "use_cache", "output_attentions"} | {
+# Keys of generation_config.json that change no token here.
+_HARMLESS_KEYS = {
+    "_from_model_config",
+    "bos_token_id",
+    "output_attentions",
     "output_hidden_states",
-    "return_dict_in_generate",
     "output_scores",
+    "return_dict_in_generate",
+    "transformers_version",
+    "use_cache",
 }
 _DEFAULT_NEW_TOKENS = 256
 

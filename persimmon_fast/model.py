@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -223,14 +222,14 @@ class PersimmonPreTrainedModel(nn.Module):
     def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         model.load_state_dict(tensors, strict=True, assign=True)
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Writes config.json, the weights and generation_config.json, in the layout of transformers. Atomic: a folder
-        of that name is either the old one or the complete new one."""
-        config = self.config.replace(dtype=str(self.dtype).removeprefix("torch."))
-        extra = {}
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    ) -> None:
+        """Writes config.json, the weights and generation_config.json, in the layout of transformers. The folder is at
+        every moment the old one or the new one; `overwrite`: whether it may hold a checkpoint already."""
+        save_checkpoint(folder, self.config, self.state_dict(), max_shard_size=max_shard_size, overwrite=overwrite)
         if isinstance(self, GenerationMixin):
-            extra["generation_config.json"] = self.generation_config.to_json()
-        save_checkpoint(Path(folder), config, self.state_dict(), max_shard_size=max_shard_size, extra_files=extra)
+            self.generation_config.save_pretrained(folder)
 
     @property
     def dtype(self) -> torch.dtype:

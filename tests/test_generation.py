@@ -224,7 +224,7 @@ def test_generation_config_file(tmp_path):
     with pytest.warns(UserWarning, match="ignored, not supported by generate: num_beams"):
         loaded = GenerationConfig.from_pretrained(tmp_path, config)
     assert loaded == GenerationConfig(eos_token_id=[5, 6], temperature=0.5, do_sample=True)
-    path.write_text(loaded.to_json())
+    loaded.save_pretrained(tmp_path)
     assert GenerationConfig.from_pretrained(tmp_path, config) == loaded
     for text, match in [("[1]", "expected a JSON object, found list"), ("{", "not a JSON file")]:
         path.write_text(text)

@@ -252,3 +252,24 @@ def test_cache_of_another_batch_is_an_error(ours):
 def test_default_config_is_the_8b_model():
     with torch.device("meta"):
         assert PersimmonForCausalLM(PersimmonConfig()).num_parameters() == 9_397_175_296
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_go_both_ways_bit_for_bit(tmp_path, tied):
+    from transformers import PersimmonForCausalLM as HFModel
+
+    config = tiny_config(tie_word_embeddings=tied)
+    theirs = hf_model(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = PersimmonForCausalLM.from_pretrained(tmp_path / "theirs", dtype="auto")
+    ours.save_pretrained(tmp_path / "ours")
+    again = HFModel.from_pretrained(tmp_path / "ours")
+    for (name, a), b in zip(theirs.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    ids = random_ids(2, 9)
+    assert torch.equal(ours(ids).logits, PersimmonForCausalLM.from_pretrained(tmp_path / "ours")(ids).logits)
+    assert max_error(ours(ids).logits, again(ids).logits) < TOLERANCE
+    assert PersimmonModel.from_pretrained(tmp_path / "ours")(ids).last_hidden_state.shape == (2, 9, 48)
+    assert ours.generation_config.eos_token_id == 2
+    if tied:
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
