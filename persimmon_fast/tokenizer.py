@@ -340,13 +340,9 @@ def _load_sentencepiece(model_proto: bytes, source: str) -> SentencePieceProcess
     if not model_proto:
         raise ValueError(f"{source} is empty: expected a sentencepiece model")
     try:
-        processor = SentencePieceProcessor(model_proto=model_proto)
-        is_loaded = processor.vocab_size() > 0
+        return SentencePieceProcessor(model_proto=model_proto)
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(f"{source} is not a sentencepiece model ({len(model_proto)} bytes): {error}") from None
-    if not is_loaded:
-        raise ValueError(f"{source} is not a sentencepiece model ({len(model_proto)} bytes): it holds no pieces")
-    return processor
 
 
 def _read_json(path: Path) -> dict[str, Any]:
