@@ -217,3 +217,62 @@ def test_summary_reaches_the_terminal_of_pip(tmp_path):
     )
     assert b"all" in pexpect.spawn(sys.executable, [str(installer)], timeout=30).read()
     assert subprocess.check_output([sys.executable, installer]) == b""  # a pipe: not written
+
+
+# ---- CUDA sources ----
+
+
+def cmake_build(folder: Path, target: str, torch_directory: Path, mode: str) -> str:
+    """Configures in `folder`, builds one target for the default architectures, returns what the tools printed."""
+    cmake = shutil.which("cmake")
+    if cmake is None or toolchain.cmake_version(cmake) < toolchain.CMAKE_FIRST:
+        pytest.skip("cmake >= 3.25 is not on PATH")
+    nvcc = toolchain.find_nvcc()
+    if nvcc is None or toolchain.nvcc_version(nvcc) < toolchain.NVCC_FIRST:
+        pytest.skip("nvcc >= 12.0 was not found")
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CUDA_ARCHITECTURES": ";".join(toolchain.cuda_architectures(toolchain.DEFAULT_CUDA_ARCHS, KNOWN)),
+        "PERSIMMON_CUDA": mode,
+        "Python_EXECUTABLE": sys.executable,
+        "TORCH_DIR": torch_directory,
+    }
+    if launcher := shutil.which("ccache"):
+        options |= {"CMAKE_CXX_COMPILER_LAUNCHER": launcher, "CMAKE_CUDA_COMPILER_LAUNCHER": launcher}
+    configure = [cmake, "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in options.items())]
+    output = ""
+    for command in (configure, [cmake, "--build", folder, "--target", target, "--parallel", "2"]):
+        env = {**os.environ, "CUDACXX": nvcc, "CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1"}
+        result = subprocess.run(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        output += result.stdout
+        assert result.returncode == 0, output
+    return output
+
+
+def test_cuda_kernels_compile_without_spills(tmp_path):
+    output = cmake_build(tmp_path, "pf_cuda_check", HERE.directory, "KERNELS")
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", output)
+    assert spills, "ptxas reported nothing"
+    assert set(spills) == {("0", "0")}
+
+
+def test_cuda_ops_link_against_a_cuda_torch(tmp_path):
+    """PERSIMMON_TEST_CUDA_TORCH names the folder `torch` of a CUDA build of torch (no GPU is needed to link)."""
+    directory = os.environ.get("PERSIMMON_TEST_CUDA_TORCH")
+    if not directory:
+        pytest.skip("PERSIMMON_TEST_CUDA_TORCH names no CUDA build of torch")
+    cmake_build(tmp_path, "_C", Path(directory), "ON")
+    wanted = {symbol for symbol in symbols(next(tmp_path.glob("_C*.so")), "--undefined-only") if "3c10" in symbol}
+    assert any("4cuda20getCurrentCUDAStream" in symbol for symbol in wanted)  # the CUDA ops are in
+    provided = set()
+    for library in ("libc10.so", "libc10_cuda.so", "libtorch_cpu.so", "libtorch_cuda.so", "libtorch_python.so"):
+        provided |= symbols(Path(directory) / "lib" / library, "--defined-only")
+    assert not wanted - provided
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    """Mangled names in the dynamic symbol table."""
+    lines = subprocess.check_output(["nm", "-D", which, library], text=True).splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}

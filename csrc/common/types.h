@@ -1,8 +1,11 @@
-// Storage types and the dtype tag that kernels switch on. Torch-free; layouts equal c10's.
+// Storage types of the CPU kernels, and the switch from a run-time dtype to one of them. Torch-free; layouts equal
+// c10's.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "csrc/common/dtype.h"
 
 namespace persimmon_fast {
 
@@ -27,8 +30,6 @@ struct bf16 {
     return value;
   }
 };
-
-enum class DType { kFloat32, kFloat16, kBFloat16 };
 
 // Calls body(T{}) with the C++ type of `dtype`: the one place where a run-time dtype becomes a type.
 template <typename Body>

@@ -1,28 +1,12 @@
 // LayerNorm over rows, optionally of a sum. See layer_norm.cpp.
 #pragma once
 
-#include <cstdint>
-
-#include "csrc/common/types.h"
+#include "csrc/common/layer_norm_params.h"
 #include "csrc/cpu/isa.h"
 
 namespace persimmon_fast::cpu {
 
-struct LayerNormParams {
-  const void* x;         // [num_rows, hidden_size], rows x_row_stride elements apart
-  const void* residual;  // as x with residual_row_stride; null: none
-  const void* weight;    // [hidden_size]
-  const void* bias;      // [hidden_size]
-  void* sum;             // [num_rows, hidden_size] contiguous: x + residual; null when residual is
-  void* out;             // [num_rows, hidden_size] contiguous
-  int64_t hidden_size;
-  int64_t x_row_stride;
-  int64_t residual_row_stride;
-  float eps;
-  DType dtype;  // of every tensor
-};
-
-// Work items: rows.
+// Work items: rows; LayerNormParams::num_rows is not read.
 PF_CPU_KERNEL(layer_norm, LayerNormParams)
 
 }  // namespace persimmon_fast::cpu

@@ -8,6 +8,7 @@
 #include "csrc/ops/checks.h"
 
 #ifdef PF_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -41,17 +42,16 @@ at::Tensor empty_like_rows(const at::Tensor& x) {
   return at::empty_symint({x.sym_size(0), x.sym_size(1)}, x.options());
 }
 
-// Fills the pointers and sizes that CPU and CUDA share.
-template <typename Params>
-Params layer_norm_params(const at::Tensor& x, const at::Tensor* residual, const at::Tensor& weight,
-                         const at::Tensor& bias, double eps, const at::Tensor& out, const at::Tensor* sum) {
-  Params p{};
+LayerNormParams layer_norm_params(const at::Tensor& x, const at::Tensor* residual, const at::Tensor& weight,
+                                  const at::Tensor& bias, double eps, const at::Tensor& out, const at::Tensor* sum) {
+  LayerNormParams p{};
   p.x = x.const_data_ptr();
   p.residual = residual != nullptr ? residual->const_data_ptr() : nullptr;
   p.weight = weight.const_data_ptr();
   p.bias = bias.const_data_ptr();
   p.sum = sum != nullptr ? sum->mutable_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
+  p.num_rows = x.size(0);
   p.hidden_size = x.size(1);
   p.x_row_stride = x.stride(0);
   p.residual_row_stride = residual != nullptr ? residual->stride(0) : 0;
@@ -74,23 +74,46 @@ std::tuple<at::Tensor, at::Tensor> add_layer_norm_meta(const at::Tensor& x, cons
   return {empty_like_rows(x), empty_like_rows(x)};
 }
 
-void run_cpu(const cpu::LayerNormParams& p, int64_t num_rows) {
-  at::parallel_for(0, num_rows, grain(p.hidden_size),
+void run_cpu(const LayerNormParams& p) {
+  at::parallel_for(0, p.num_rows, grain(p.hidden_size),
                    [&](int64_t begin, int64_t end) { cpu::layer_norm(p, begin, end); });
 }
 
 at::Tensor layer_norm_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   at::Tensor out = layer_norm_meta(x, weight, bias, eps);
-  run_cpu(layer_norm_params<cpu::LayerNormParams>(x, nullptr, weight, bias, eps, out, nullptr), x.size(0));
+  run_cpu(layer_norm_params(x, nullptr, weight, bias, eps, out, nullptr));
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const at::Tensor& residual,
                                                       const at::Tensor& weight, const at::Tensor& bias, double eps) {
   auto [out, sum] = add_layer_norm_meta(x, residual, weight, bias, eps);
-  run_cpu(layer_norm_params<cpu::LayerNormParams>(x, &residual, weight, bias, eps, out, &sum), x.size(0));
+  run_cpu(layer_norm_params(x, &residual, weight, bias, eps, out, &sum));
   return {out, sum};
 }
+
+#ifdef PF_WITH_CUDA
+
+void run_cuda(const LayerNormParams& p) {
+  C10_CUDA_CHECK(cuda::launch_layer_norm(p, c10::cuda::getCurrentCUDAStream()));
+}
+
+at::Tensor layer_norm_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor out = layer_norm_meta(x, weight, bias, eps);
+  run_cuda(layer_norm_params(x, nullptr, weight, bias, eps, out, nullptr));
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> add_layer_norm_cuda(const at::Tensor& x, const at::Tensor& residual,
+                                                       const at::Tensor& weight, const at::Tensor& bias, double eps) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  auto [out, sum] = add_layer_norm_meta(x, residual, weight, bias, eps);
+  run_cuda(layer_norm_params(x, &residual, weight, bias, eps, out, &sum));
+  return {out, sum};
+}
+
+#endif
 
 }  // namespace
 
@@ -103,5 +126,12 @@ TORCH_LIBRARY_IMPL(persimmon_fast, CPU, m) {
   m.impl("layer_norm", layer_norm_cpu);
   m.impl("add_layer_norm", add_layer_norm_cpu);
 }
+
+#ifdef PF_WITH_CUDA
+TORCH_LIBRARY_IMPL(persimmon_fast, CUDA, m) {
+  m.impl("layer_norm", layer_norm_cuda);
+  m.impl("add_layer_norm", add_layer_norm_cuda);
+}
+#endif
 
 }  // namespace persimmon_fast

@@ -1,0 +1,240 @@
+// layer_norm_kernel: out[t, c] = (s[t, c] - mean_t) / sqrt(var_t + eps) * weight[c] + bias[c],  s = x (+ residual)
+//
+// Tile      one row = one group of threads: a warp (4 rows per block of 128) for rows of up to 128 chunks of 16 bytes,
+//           else a block of 128 to 512. Thread i owns chunks i, i + group, ... and holds the first kHeldChunks in
+//           registers, so a row is read once. Rows beyond 2 chunks x 512 threads (8,192 16-bit or 4,096 fp32
+//           elements) are read again, from L1 or L2, in each pass
+// Traffic   x (and residual) read once, out (and sum) written once; weight and bias are served by L2
+// Bound     memory for many rows; for one row latency: two reductions, the second over two values at once
+// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Aligned bf16: block 40;
+// 56,
+//           warp 64; 80. Aligned fp32: block 40; 40, warp 48; 48. Unaligned bf16: block 66; 74, warp 71; 96.
+//           256 B shared in the block kernel, none in the warp kernel
+// Numerics  fp32 two-pass statistics with a corrected mean: no cancellation for rows whose mean is far from zero. The
+//           sum is rounded to the dtype before it is normalised. Which thread adds what depends on hidden_size and
+//           dtype alone: the bits of a row change neither with num_rows nor with alignment or strides
+// Requires  hidden_size > 0, rows dense (csrc/ops/layer_norm.cpp); 16-byte accesses where every row starts aligned
+// Measured  on no GPU yet
+// Source    Ba et al. 2016, Layer Normalization, arXiv:1607.06450; kernel written for this project
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "csrc/cuda/layer_norm.h"
+
+namespace persimmon_fast::cuda {
+namespace {
+
+constexpr int kWarpSize = 32;
+constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, and unaligned bf16 rows spilled (sm_90a)
+constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exactly
+
+// Chunks that a thread keeps in registers.
+template <bool kWarpPerRow>
+constexpr int kHeldChunks = kWarpPerRow ? 4 : 2;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float x, float& out) { out = x; }
+__device__ __forceinline__ void from_float(float x, __half& out) { out = __float2half_rn(x); }
+__device__ __forceinline__ void from_float(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+
+template <typename scalar_t>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(scalar_t);
+  scalar_t values[kSize];
+};
+
+// The first n (at most kSize) elements at p; the rest is not defined. kAligned: p is 16-byte aligned and n is kSize.
+template <bool kAligned, typename scalar_t>
+__device__ __forceinline__ Chunk<scalar_t> load(const scalar_t* p, int n) {
+  Chunk<scalar_t> chunk;
+  if constexpr (kAligned) {
+    chunk = *reinterpret_cast<const Chunk<scalar_t>*>(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
+      if (i < n) chunk.values[i] = p[i];
+    }
+  }
+  return chunk;
+}
+
+template <bool kAligned, typename scalar_t>
+__device__ __forceinline__ void store(scalar_t* p, const Chunk<scalar_t>& chunk, int n) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<Chunk<scalar_t>*>(p) = chunk;
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
+      if (i < n) p[i] = chunk.values[i];
+    }
+  }
+}
+
+__device__ __forceinline__ float2 warp_sum(float2 value) {
+#pragma unroll
+  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
+    value.x += __shfl_xor_sync(0xffffffffu, value.x, lane_mask);
+    value.y += __shfl_xor_sync(0xffffffffu, value.y, lane_mask);
+  }
+  return value;  // the same bits in every lane: each step adds the same two numbers in both partners
+}
+
+// Sums of the group that shares a row, in every thread of it. s_partial: one slot per warp, used once per call, so no
+// barrier is needed before it is written.
+template <bool kWarpPerRow>
+__device__ __forceinline__ float2 group_sum(float2 value, float2* s_partial) {
+  value = warp_sum(value);
+  if constexpr (!kWarpPerRow) {
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane == 0) s_partial[threadIdx.x / kWarpSize] = value;
+    __syncthreads();
+    value = lane < blockDim.x / kWarpSize ? s_partial[lane] : make_float2(0.0f, 0.0f);
+    value = warp_sum(value);
+  }
+  return value;
+}
+
+// x, residual: [num_rows, hidden_size] with their row strides; sum, out: [num_rows, hidden_size] contiguous;
+// weight, bias: [hidden_size]. kAligned: every chunk of every tensor is whole and 16-byte aligned.
+template <typename scalar_t, bool kWarpPerRow, bool kAligned>
+__global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer_norm_kernel(LayerNormParams p) {
+  constexpr int kChunk = Chunk<scalar_t>::kSize;
+  constexpr int kHeld = kHeldChunks<kWarpPerRow>;
+  __shared__ float2 s_partial[2][kMaxThreads / kWarpSize];
+  const int group = kWarpPerRow ? kWarpSize : blockDim.x;
+  const int rank = kWarpPerRow ? threadIdx.x % kWarpSize : threadIdx.x;
+  const int64_t row = kWarpPerRow ? blockIdx.x * int64_t{kMinThreads / kWarpSize} + threadIdx.x / kWarpSize
+                                  : static_cast<int64_t>(blockIdx.x);
+  if (kWarpPerRow && row >= p.num_rows) return;  // whole warps: no barrier follows in this kernel
+
+  const int size = static_cast<int>(p.hidden_size);
+  const int tile = group * kChunk * kHeld;
+  const bool held = size <= tile;  // the row fits in registers
+  const scalar_t* g_row = static_cast<const scalar_t*>(p.x) + row * p.x_row_stride;
+  const scalar_t* g_residual =
+      p.residual == nullptr ? nullptr : static_cast<const scalar_t*>(p.residual) + row * p.residual_row_stride;
+  scalar_t* g_sum = p.residual == nullptr ? nullptr : static_cast<scalar_t*>(p.sum) + row * p.hidden_size;
+  scalar_t* g_out = static_cast<scalar_t*>(p.out) + row * p.hidden_size;
+
+  // Calls body(k, column, n) for the chunks of this thread in the tile at `begin`: held chunk k is columns
+  // column .. column + n of the row.
+  const auto for_chunks = [&](int begin, auto body) {
+#pragma unroll
+    for (int k = 0; k < kHeld; ++k) {
+      const int column = begin + (k * group + rank) * kChunk;
+      if (column < size) body(k, column, min(size - column, kChunk));
+    }
+  };
+  Chunk<scalar_t> r_row[kHeld];
+
+  // Pass 1: the sum with the residual, and the mean.
+  float2 total = make_float2(0.0f, 0.0f);
+  for (int begin = 0; begin < size; begin += tile) {
+    for_chunks(begin, [&](int k, int column, int n) {
+      r_row[k] = load<kAligned>(g_row + column, n);
+      if (g_residual != nullptr) {
+        const Chunk<scalar_t> residual = load<kAligned>(g_residual + column, n);
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          from_float(to_float(r_row[k].values[i]) + to_float(residual.values[i]), r_row[k].values[i]);
+        }
+        store<kAligned>(g_sum + column, r_row[k], n);
+      }
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (kAligned || i < n) total.x += to_float(r_row[k].values[i]);
+      }
+    });
+  }
+  const float rough_mean = group_sum<kWarpPerRow>(total, s_partial[0]).x / size;
+  if (g_residual != nullptr) g_row = g_sum;  // what is read again: each thread reads only what it wrote
+
+  // Pass 2: deviations from the rounded mean. Their own mean corrects it, their squares give the variance.
+  float2 deviation = make_float2(0.0f, 0.0f);  // sum, sum of squares
+  for (int begin = 0; begin < size; begin += tile) {
+    for_chunks(begin, [&](int k, int column, int n) {
+      if (!held) r_row[k] = load<kAligned>(g_row + column, n);
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        if (kAligned || i < n) {
+          const float d = to_float(r_row[k].values[i]) - rough_mean;
+          deviation.x += d;
+          deviation.y = fmaf(d, d, deviation.y);
+        }
+      }
+    });
+  }
+  deviation = group_sum<kWarpPerRow>(deviation, s_partial[1]);
+  const float correction = deviation.x / size;
+  const float mean = rough_mean + correction;
+  const float variance = fmaf(-correction, correction, deviation.y / size);
+  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);  // fmaxf would turn NaN into 0
+
+  // Pass 3: the output.
+  const scalar_t* g_weight = static_cast<const scalar_t*>(p.weight);
+  const scalar_t* g_bias = static_cast<const scalar_t*>(p.bias);
+  for (int begin = 0; begin < size; begin += tile) {
+    for_chunks(begin, [&](int k, int column, int n) {
+      if (!held) r_row[k] = load<kAligned>(g_row + column, n);
+      const Chunk<scalar_t> weight = load<kAligned>(g_weight + column, n);
+      const Chunk<scalar_t> bias = load<kAligned>(g_bias + column, n);
+      Chunk<scalar_t> out;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        const float normalised = (to_float(r_row[k].values[i]) - mean) * rstd;
+        from_float(fmaf(normalised, to_float(weight.values[i]), to_float(bias.values[i])), out.values[i]);
+      }
+      store<kAligned>(g_out + column, out, n);
+    });
+  }
+}
+
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+template <typename scalar_t>
+cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
+  constexpr int kChunk = Chunk<scalar_t>::kSize;
+  const bool aligned = p.hidden_size % kChunk == 0 && p.x_row_stride % kChunk == 0 &&
+                       p.residual_row_stride % kChunk == 0 && is_aligned(p.x) && is_aligned(p.residual) &&
+                       is_aligned(p.weight) && is_aligned(p.bias) && is_aligned(p.sum) && is_aligned(p.out);
+  const int64_t num_chunks = (p.hidden_size + kChunk - 1) / kChunk;
+  const bool warp_per_row = num_chunks <= kWarpSize * kHeldChunks<true>;
+  constexpr int64_t kRowsPerBlock = kMinThreads / kWarpSize;
+  const int64_t num_blocks = warp_per_row ? (p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock : p.num_rows;
+  // Columns are 32-bit inside a row, with room for one tile past its end; offsets of rows are 64-bit.
+  constexpr int64_t kMaxTile = int64_t{kMaxThreads} * kChunk * kHeldChunks<false>;
+  if (num_blocks > INT32_MAX || p.hidden_size > INT32_MAX - kMaxTile) return cudaErrorInvalidValue;
+  // Two chunks per thread while that gives a block of allowed size: for the model's 4096 columns 256 threads in 16-bit
+  // types and 512 in fp32.
+  const int64_t wanted_threads = ((num_chunks + 1) / 2 + kWarpSize - 1) / kWarpSize * kWarpSize;
+  const int num_threads =
+      warp_per_row ? kMinThreads : static_cast<int>(std::clamp<int64_t>(wanted_threads, kMinThreads, kMaxThreads));
+
+  const auto kernel =
+      warp_per_row ? (aligned ? layer_norm_kernel<scalar_t, true, true> : layer_norm_kernel<scalar_t, true, false>)
+                   : (aligned ? layer_norm_kernel<scalar_t, false, true> : layer_norm_kernel<scalar_t, false, false>);
+  kernel<<<static_cast<unsigned>(num_blocks), num_threads, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_layer_norm(const LayerNormParams& params, cudaStream_t stream) {
+  if (params.num_rows == 0) return cudaSuccess;
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return launch<float>(params, stream);
+    case DType::kFloat16:
+      return launch<__half>(params, stream);
+    case DType::kBFloat16:
+      return launch<__nv_bfloat16>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace persimmon_fast::cuda
