@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -25,6 +26,31 @@ ISAS = [
     if ("scalar", "avx2", "avx512", "avx512_bf16").index(isa)
     <= ("scalar", "avx2", "avx512", "avx512_bf16").index(_C.best_cpu_isa())
 ]
+
+# Every instruction set, and "cuda". Tests that take a backend run `with backend(name) as device`.
+BACKENDS = [
+    *ISAS,
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(
+                not (torch.cuda.is_available() and _C.cuda_archs),
+                reason="needs a CUDA device and a build with CUDA kernels",
+            ),
+        ],
+    ),
+]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[str]:
+    """Inside the block the kernels of `name` (one of BACKENDS) run for tensors on the device that it gives."""
+    if name == "cuda":
+        yield "cuda"
+    else:
+        with cpu_isa(name):
+            yield "cpu"
 
 
 @contextmanager
@@ -50,7 +76,7 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 def assert_within_contract(actual: Tensor, expected: Tensor, plain: Tensor, what: str) -> None:
     """actual: the kernel's result; expected: the reference on the same values in fp32 or fp64; plain: plain torch in
-    the dtype of actual. Fails with the worst place, its values and both errors."""
+    the dtype of actual, all on one device. Fails with the worst place, its values and both errors."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
