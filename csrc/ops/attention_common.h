@@ -1,0 +1,85 @@
+// What flash_attention and paged_attention share: checks of lengths, the list of sequences, threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "csrc/cpu/attention.h"
+#include "csrc/ops/checks.h"
+
+namespace persimmon_fast {
+
+inline void check_heads(const char* op, const at::Tensor& q) {
+  check_float(op, "q", q);
+  TORCH_CHECK_VALUE(q.dim() == 3, op, ": q must be [total_q, num_heads, head_dim], got ", q.sym_sizes());
+  const c10::SymInt head_dim = q.sym_size(2);
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim % 8 == 0 && head_dim <= cpu::kAttentionMaxHeadDim, op,
+                    ": head_dim must be a multiple of 8 up to ", cpu::kAttentionMaxHeadDim, ", got ", head_dim);
+  check_dense_rows(op, "q", q);
+}
+
+// An int32 tensor of lengths, starts or page ids on the device of q.
+inline void check_index(const char* op, const char* name, const at::Tensor& t, const at::Tensor& q,
+                        std::initializer_list<c10::SymInt> shape, const char* layout) {
+  check_device(op, name, t, "q", q);
+  check_dtype(op, name, t, at::kInt);
+  check_shape(op, name, t, shape, layout);
+  check_dense_rows(op, name, t);
+}
+
+// CPU only: starts at 0, ascends, ends at `total`, no step above max_seqlen. Garbage must not become an address.
+inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor& cu_seqlens, int64_t total,
+                             int64_t max_seqlen) {
+  const int32_t* starts = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t batch_size = cu_seqlens.size(0) - 1;
+  TORCH_CHECK_VALUE(starts[0] == 0, op, ": ", name, " must start at 0, got ", starts[0]);
+  for (int64_t b = 0; b < batch_size; ++b) {
+    TORCH_CHECK_VALUE(starts[b] <= starts[b + 1], op, ": ", name, " must ascend, got ", starts[b], " then ",
+                      starts[b + 1], " at ", b + 1);
+    TORCH_CHECK_VALUE(starts[b + 1] - starts[b] <= max_seqlen, op, ": ", name, " holds a sequence of ",
+                      starts[b + 1] - starts[b], " tokens at ", b, ", more than its max_seqlen ", max_seqlen);
+  }
+  TORCH_CHECK_VALUE(starts[batch_size] == total, op, ": ", name, " must end at the number of tokens ", total, ", got ",
+                    starts[batch_size]);
+}
+
+// Numbers the work items and partial results of `sequences` and runs the kernel; p.sequences and p.partials are set
+// here.
+inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequence>& sequences) {
+  int64_t num_items = 0;
+  int64_t num_partials = 0;
+  int64_t num_keys = 0;
+  for (cpu::AttentionSequence& s : sequences) {
+    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+    const bool may_split = s.num_queries <= cpu::kAttentionMaxSplitQueries;
+    s.num_blocks = ceil_div(s.num_queries, cpu::kAttentionQueryBlock);
+    s.num_splits = may_split ? std::max<int64_t>(1, ceil_div(s.num_keys, cpu::kAttentionSplitKeys)) : 1;
+    s.first_item = num_items;
+    s.first_partial = num_partials;
+    num_items += p.num_heads * s.num_blocks * s.num_splits;
+    if (s.num_splits > 1) num_partials += p.num_heads * s.num_queries * s.num_splits;
+    num_keys += s.num_keys * s.num_blocks;
+  }
+  if (num_items == 0) return;
+  at::Tensor partials;
+  if (num_partials > 0) partials = at::empty({num_partials, p.head_dim + 2}, at::kFloat);
+  p.sequences = sequences.data();
+  p.num_sequences = static_cast<int64_t>(sequences.size());
+  p.partials = num_partials > 0 ? partials.mutable_data_ptr<float>() : nullptr;
+  // Items per task: enough keys (about 64K elements of k and v) to pay for waking a thread.
+  const int64_t elements_per_item = 2 * num_keys * p.num_heads * p.head_dim / num_items;
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_item));
+  at::parallel_for(0, num_items, grain, [&](int64_t begin, int64_t end) { cpu::attention(p, begin, end); });
+  if (num_partials > 0) {
+    const int64_t num_rows = p.num_sequences * p.num_heads;
+    const int64_t row_grain = std::max<int64_t>(1, 65536 * num_rows / (num_partials * p.head_dim));
+    at::parallel_for(0, num_rows, row_grain,
+                     [&](int64_t begin, int64_t end) { cpu::attention_combine(p, begin, end); });
+  }
+}
+
+}  // namespace persimmon_fast
