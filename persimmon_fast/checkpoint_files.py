@@ -37,9 +37,9 @@ HARMLESS_EXTRAS = re.compile(
 )
 
 
-def shown(name: str) -> str:
+def shown(name: str, length: int = 80) -> str:
     """A name from a file as a message may hold it: short, without control characters."""
-    return name if len(name) <= 80 and name.isprintable() else repr(name)[:80]
+    return name if len(name) <= length and name.isprintable() else repr(name)[:length]
 
 
 class CheckpointError(ValueError):
@@ -214,7 +214,7 @@ def _read_weight_map(path: str, suffix: str) -> dict[str, str]:
         raise CheckpointNotFoundError(path, "file", "a readable file", str(error.strerror)) from None
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        found = "none" if "weight_map" not in index else f"{type(weight_map).__name__} {str(weight_map)[:40]}"
+        found = "none" if "weight_map" not in index else f"{shown(repr(weight_map))} ({type(weight_map).__name__})"
         raise CheckpointFileError(path, "weight_map", "a mapping of tensor names to files", found)
     for name, file in weight_map.items():
         plain = isinstance(file, str) and re.fullmatch(r"[^/\\\0]+", file) and not file.startswith(".")
@@ -243,10 +243,9 @@ class SafetensorsFile:
                 strict_json.parse_object(file.read(length))
         except (SafetensorError, strict_json.JSONFormatError) as error:
             expected = "a whole safetensors header and the bytes it announces"
-            size = f"{os.path.getsize(path):,} bytes"
-            raise CheckpointFileError(
-                path, "header", expected, f"{size}: {error}", "The file is truncated or damaged: get it again."
-            ) from None
+            found = f"{os.path.getsize(path):,} bytes: {shown(str(error), 300)}"
+            hint = "The file is truncated or damaged: get it again."
+            raise CheckpointFileError(path, "header", expected, found, hint) from None
         except OSError as error:
             raise CheckpointNotFoundError(path, "file", "a readable file", str(error.strerror or error)) from None
         self.headers: dict[str, Header] = {}
@@ -330,7 +329,7 @@ class PickleFile:
 
     def _refusal(self, error: Exception) -> CheckpointFileError:
         text = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
-        found = f"{type(error).__name__}: {text[:160]}"
+        found = f"{type(error).__name__}: {shown(text, 160)}"
         expected = "a file written by torch.save(model.state_dict(), ...)"
         return CheckpointFileError(self.path, "file", expected, found, "It is truncated or damaged: get it again.")
 

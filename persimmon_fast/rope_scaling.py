@@ -13,8 +13,7 @@
 `rope.py` turns them into frequencies. Torch-free, so that a config can be checked without importing torch.
 """
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -107,18 +106,17 @@ def _check_value(key: str, value: Any, rotary_dim: int) -> Any:
         count = rotary_dim // 2
         if not isinstance(value, list | tuple) or len(value) != count:
             raise RopeScalingError(f".{key}", f"a list of rotary_dim / 2 = {count} numbers", value)
-        return [_number(f".{key}[{i}]", "a finite number > 0", lambda x: x > 0, v) for i, v in enumerate(value)]
-    if key == "factor":
-        return _number(f".{key}", "a finite number >= 1", lambda x: x >= 1, value)
+        return [_number(f".{key}[{i}]", 1e-30, 1e30, item) for i, item in enumerate(value)]
+    if key == "factor":  # as many times longer as positions can be counted; dynamic loses its 1 beyond 2**53
+        return _number(f".{key}", 1, 2**24, value)
     if key in ("mscale", "mscale_all_dim"):
-        return _number(f".{key}", "a finite number >= 0", lambda x: x >= 0, value)
-    return _number(f".{key}", "a finite number > 0", lambda x: x > 0, value)
+        return _number(f".{key}", 0, 1e30, value)
+    return _number(f".{key}", 1e-30, 1e30, value)  # a range in which fp32 neither overflows nor divides by zero
 
 
-def _number(key: str, expected: str, accepts: Callable[[float], bool], value: Any) -> float:
-    # 1e30 keeps each product of two such numbers and a frequency inside fp32
-    if type(value) not in (int, float) or not abs(value) <= min(1e30, sys.float_info.max) or not accepts(value):
-        raise RopeScalingError(key, expected, value)
+def _number(key: str, low: float, high: float, value: Any) -> float:
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise RopeScalingError(key, f"a number in [{low}, {high}]", value)
     return float(value)
 
 
