@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm
 import transformers
 from checkpoint_helpers import (
     DOWN,
@@ -320,7 +321,16 @@ def test_memory_of_conversion_is_the_result_and_of_saving_is_one_shard(tmp_path:
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 5
 
 
-def test_no_bar_where_stderr_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    save_checkpoint(tmp_path / "a", TINY, random_tensors(TINY))
-    load_checkpoint(tmp_path / "a", TINY)
-    assert capfd.readouterr() == ("", "")
+@pytest.mark.parametrize(("terminal", "progress"), [(True, True), (True, False), (False, True)])
+def test_the_bar_is_for_terminals(
+    terminal: bool, progress: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With the delay of a second taken away, so that this small checkpoint shows it."""
+    patient = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: patient(**options | {"delay": options["delay"] - 1}))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    save_checkpoint(tmp_path / "a", TINY, random_tensors(TINY), progress=progress)
+    load_checkpoint(tmp_path / "a", TINY, progress=progress)
+    output, bar = capfd.readouterr()
+    assert output == ""
+    assert [text in bar for text in ("Saving weights: 100%", "Loading weights: 100%")] == [terminal and progress] * 2

@@ -294,10 +294,11 @@ def test_check_finite(name: str, form: str, tmp_path: Path, monkeypatch: pytest.
     write_checkpoint(tmp_path, TINY, tensors, form)
     load_checkpoint(tmp_path, TINY, check_finite=True)
     flat = tensors[name].view(-1)
-    flat[-2], flat[-1], flat[9] = float("inf"), float("-inf"), float("nan")
+    middle = flat.numel() // 2 + 1  # not in the first block
+    flat[-2], flat[-1], flat[middle] = float("inf"), float("-inf"), float("nan")
     write_checkpoint(tmp_path, TINY, tensors, form)
     load_checkpoint(tmp_path, TINY)
-    first = [int(i) for i in torch.unravel_index(torch.tensor(9), tensors[name].shape)]
+    first = [int(i) for i in torch.unravel_index(torch.tensor(middle), tensors[name].shape)]
     message = f"{name}: expected finite weights, found 3 of {flat.numel()} NaN or infinite, the first at {first}: nan"
     with pytest.raises(NonFiniteWeightError, match=re.escape(message)):
         load_checkpoint(tmp_path, TINY, check_finite=True)

@@ -112,7 +112,7 @@ ROPE_SCALINGS: dict[str, dict[str, Any] | None] = {
         "truncate": False,
     },
     "yarn_attention_factor": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.25},
-    "yarn_one_point_ramp": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2},
+    "yarn_one_point_ramp": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 6},
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 64},
     "longrope_factor": {"rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 16.0},
     "longrope_attention_factor": {"rope_type": "longrope", "attention_factor": 1.5},

@@ -134,6 +134,7 @@ def check_weights(folder: Path, config: Any, weights: dict[str, Any]) -> None:
 def work() -> None:
     """Answers each line `seed index` on stdin with one line of JSON."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import torch
 
     torch.set_num_threads(1)

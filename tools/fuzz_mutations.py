@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import collections
-import io
 import json
 import os
-import pickle
-import pickletools
 import random
 import struct
-import subprocess
 import tempfile
-import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from checkpoint_helpers import FORMATS, TINY, random_tensors, write_checkpoint
+from fuzz_bytes import a_weight_file, flip_bits, splice
+from fuzz_pickles import (
+    bin_objects,
+    gadget_in_state_dict,
+    gadget_pickle,
+    pickle_bytes,
+    pickle_numbers,
+    zip_records,
+)
 
 from persimmon_fast import rope_scaling
 
@@ -31,8 +33,7 @@ NASTY: list[Any] = [
     *([], {}, [1], [[[]]], {"a": 1}, {"rope_type": "yarn", "factor": 2}, {"rope_type": "linear"}, {"__float__": "NaN"}),
     *(float("nan"), float("inf"), float("-inf")),
 ]
-Folder = Path
-Mutation = Callable[[Folder, Path, random.Random], None]
+Mutation = Callable[[Path, Path, random.Random], None]
 
 
 @cache
@@ -53,37 +54,7 @@ def damage(folder: Path, sentinel: Path, rng: random.Random) -> str:
     return f"{name} ({form})" if name.startswith("any") else name
 
 
-def a_weight_file(folder: Path, rng: random.Random) -> Path:
-    return rng.choice(sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")))
-
-
 # ---- bytes of any file ----
-
-
-def flip_bits(data: bytes, rng: random.Random, start: int, stop: int) -> bytes:
-    result = bytearray(data)
-    for _ in range(rng.choice([1, 1, 1, 2, 5, 50])):
-        position = rng.randrange(start, max(start + 1, min(stop, len(result))))
-        result[position] ^= 1 << rng.randrange(8)
-    return bytes(result)
-
-
-def splice(data: bytes, rng: random.Random) -> bytes:
-    """Deletes, repeats, inserts, overwrites or moves a piece."""
-    a, b = sorted(rng.randrange(len(data) + 1) for _ in range(2))
-    b = min(b, a + rng.choice([1, 4, 30, 10**6]))
-    junk = bytes(rng.randrange(256) for _ in range(rng.choice([1, 8, 40])))
-    target = rng.randrange(len(data) + 1)
-    return rng.choice(
-        [
-            data[:a] + data[b:],
-            data[:b] + data[a:],
-            data[:a] + junk + data[a:],
-            data[:a] + junk + data[a + len(junk) :],
-            data[:a] + b"\x00" * (b - a) + data[b:],
-            data[:target] + data[a:b] + data[target:],
-        ]
-    )
 
 
 def header_end(path: Path) -> int:
@@ -92,40 +63,36 @@ def header_end(path: Path) -> int:
     return 8 + struct.unpack("<Q", data[:8])[0] if path.suffix == ".safetensors" else 4000
 
 
-def flip_header(folder: Folder, _: Path, rng: random.Random) -> None:
-    path = a_weight_file(folder, rng)
-    path.write_bytes(flip_bits(path.read_bytes(), rng, 0, header_end(path)))
+def flips(where: str) -> Mutation:
+    """Bits of a weight file flipped in its header, in its last 3,000 bytes or anywhere."""
+
+    def flip(folder: Path, _: Path, rng: random.Random) -> None:
+        path = a_weight_file(folder, rng)
+        size = path.stat().st_size
+        start, stop = {"header": (0, header_end(path)), "tail": (max(0, size - 3000), size), "file": (0, size)}[where]
+        path.write_bytes(flip_bits(path.read_bytes(), rng, start, stop))
+
+    return flip
 
 
-def flip_anywhere(folder: Folder, _: Path, rng: random.Random) -> None:
-    path = a_weight_file(folder, rng)
-    path.write_bytes(flip_bits(path.read_bytes(), rng, 0, path.stat().st_size))
-
-
-def flip_tail(folder: Folder, _: Path, rng: random.Random) -> None:
-    path = a_weight_file(folder, rng)
-    size = path.stat().st_size
-    path.write_bytes(flip_bits(path.read_bytes(), rng, max(0, size - 3000), size))
-
-
-def truncate(folder: Folder, _: Path, rng: random.Random) -> None:
+def truncate(folder: Path, _: Path, rng: random.Random) -> None:
     path = a_weight_file(folder, rng)
     size = path.stat().st_size
     os.truncate(path, rng.choice([0, 1, 8, size - 1, rng.randrange(size), rng.randrange(min(size, 4000))]))
 
 
-def extend(folder: Folder, _: Path, rng: random.Random) -> None:
+def extend(folder: Path, _: Path, rng: random.Random) -> None:
     path = a_weight_file(folder, rng)
     extra = rng.choice([b"\x00", b"junk" * rng.randrange(1, 5000), path.read_bytes()])
     path.write_bytes(path.read_bytes() + extra if rng.random() < 0.7 else extra + path.read_bytes())
 
 
-def splice_bytes(folder: Folder, _: Path, rng: random.Random) -> None:
+def splice_bytes(folder: Path, _: Path, rng: random.Random) -> None:
     path = a_weight_file(folder, rng)
     path.write_bytes(splice(path.read_bytes(), rng))
 
 
-def exchange_files(folder: Folder, _: Path, rng: random.Random) -> None:
+def exchange_files(folder: Path, _: Path, rng: random.Random) -> None:
     """Deletes, empties, replaces by another file, a folder, a link or a Git LFS pointer."""
     paths = sorted(folder.iterdir())
     path, other = rng.choice(paths), rng.choice(paths)
@@ -191,12 +158,12 @@ def damaged_json(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(value).encode()
 
 
-def config_json(folder: Folder, _: Path, rng: random.Random) -> None:
+def config_json(folder: Path, _: Path, rng: random.Random) -> None:
     path = folder / "config.json"
     path.write_bytes(damaged_json(path.read_bytes(), rng))
 
 
-def config_value(folder: Folder, _: Path, rng: random.Random) -> None:
+def config_value(folder: Path, _: Path, rng: random.Random) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
     for _ in range(rng.choice([1, 1, 2])):
@@ -205,7 +172,7 @@ def config_value(folder: Folder, _: Path, rng: random.Random) -> None:
     path.write_text(json.dumps(config))
 
 
-def config_rope(folder: Folder, _: Path, rng: random.Random) -> None:
+def config_rope(folder: Path, _: Path, rng: random.Random) -> None:
     """A rope type with its keys filled from plausible and absurd numbers."""
     keys = (
         *(
@@ -238,12 +205,12 @@ def config_rope(folder: Folder, _: Path, rng: random.Random) -> None:
     path.write_text(json.dumps(config))
 
 
-def index_json(folder: Folder, _: Path, rng: random.Random) -> None:
+def index_json(folder: Path, _: Path, rng: random.Random) -> None:
     (path,) = folder.glob("*.index.json")
     path.write_bytes(damaged_json(path.read_bytes(), rng))
 
 
-def index_map(folder: Folder, _: Path, rng: random.Random) -> None:
+def index_map(folder: Path, _: Path, rng: random.Random) -> None:
     """Names and files of the weight map exchanged, or pointing elsewhere."""
     (path,) = folder.glob("*.index.json")
     index = json.loads(path.read_bytes())
@@ -267,7 +234,7 @@ def index_map(folder: Folder, _: Path, rng: random.Random) -> None:
     path.write_text(json.dumps(index))
 
 
-def header_json(folder: Folder, _: Path, rng: random.Random) -> None:
+def header_json(folder: Path, _: Path, rng: random.Random) -> None:
     path = a_weight_file(folder, rng)
     data = path.read_bytes()
     end = header_end(path)
@@ -276,7 +243,7 @@ def header_json(folder: Folder, _: Path, rng: random.Random) -> None:
     path.write_bytes(struct.pack("<Q", length) + header + data[end:])
 
 
-def header_entries(folder: Folder, _: Path, rng: random.Random) -> None:
+def header_entries(folder: Path, _: Path, rng: random.Random) -> None:
     """Tensors of the header renamed, dropped, given other shapes, dtypes or offsets that may or may not fit."""
     path = a_weight_file(folder, rng)
     data = path.read_bytes()
@@ -322,168 +289,6 @@ def header_entries(folder: Folder, _: Path, rng: random.Random) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + body)
 
 
-# ---- pickles ----
-
-
-def read_records(path: Path) -> list[tuple[str, bytes]]:
-    with zipfile.ZipFile(path) as archive:
-        return [(info.filename, archive.read(info)) for info in archive.infolist()]
-
-
-def write_records(path: Path, records: list[tuple[str, bytes]], compression: int = zipfile.ZIP_STORED) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in records:
-            archive.writestr(name, content)
-    path.write_bytes(buffer.getvalue())
-
-
-def zip_records(folder: Folder, _: Path, rng: random.Random) -> None:
-    """Records dropped, doubled, renamed, exchanged, shortened or compressed."""
-    path = a_weight_file(folder, rng)
-    records = read_records(path)
-    compression = zipfile.ZIP_STORED
-    for _ in range(rng.choice([1, 1, 3])):
-        i, j = rng.randrange(len(records)), rng.randrange(len(records))
-        name, content = records[i]
-        what = rng.randrange(7)
-        if what == 0 and len(records) > 1:
-            del records[i]
-        elif what == 1:
-            records.append((name, records[j][1]))
-        elif what == 2:
-            records[i] = (rng.choice([name + "x", name.replace("data/", "data/0"), "x/data.pkl", "/", "../x"]), content)
-        elif what == 3:
-            records[i], records[j] = (name, records[j][1]), (records[j][0], content)
-        elif what == 4:
-            records[i] = (name, content[: rng.randrange(len(content) + 1)])
-        elif what == 5:
-            records[i] = (name, splice(content, rng))
-        else:
-            compression = zipfile.ZIP_DEFLATED
-    write_records(path, records, compression)
-
-
-def pickle_bytes(folder: Folder, _: Path, rng: random.Random) -> None:
-    """The pickle inside a sound zip, damaged."""
-    path = a_weight_file(folder, rng)
-    records = [
-        (name, rng.choice([splice(data, rng), flip_bits(data, rng, 0, len(data))]) if name.endswith(".pkl") else data)
-        for name, data in read_records(path)
-    ]
-    write_records(path, records)
-
-
-def pickle_numbers(folder: Folder, _: Path, rng: random.Random) -> None:
-    """Numbers of the pickle (sizes, strides, offsets, storage sizes) and its storage classes changed, opcodes sound."""
-    path = a_weight_file(folder, rng)
-    records = []
-    for name, data in read_records(path):
-        if name.endswith(".pkl"):
-            numbers = [(pos, op) for op, _, pos in pickletools.genops(data) if op is not None and op.name == "BININT1"]
-            result = bytearray(data)
-            for pos, _op in rng.sample(numbers, rng.choice([1, 1, 2, 6])):
-                assert pos is not None
-                result[pos + 1] = rng.choice([0, 1, 2, 16, 24, 48, 255, rng.randrange(256)])
-            data = bytes(result)
-            if rng.random() < 0.2:
-                data = data.replace(b"FloatStorage", rng.choice([b"LongStorage", b"HalfStorage", b"NoSuchStorage"]), 1)
-        records.append((name, data))
-    write_records(path, records)
-
-
-class Gadget:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def gadget(sentinel: Path, rng: random.Random) -> Any:
-    command = f"touch {sentinel}"
-    storage = Gadget(torch.UntypedStorage, 64)
-    return rng.choice(
-        [
-            Gadget(os.system, command),
-            Gadget(subprocess.Popen, ["touch", str(sentinel)]),
-            Gadget(eval, f"__import__('os').system({command!r})"),
-            Gadget(exec, f"open({str(sentinel)!r}, 'w')"),
-            Gadget(open, str(sentinel), "w"),
-            Gadget(getattr, Gadget(__import__, "os"), "system"),
-            Gadget(torch.load, str(sentinel)),
-            Gadget(bytearray, 1 << 40),
-            Gadget(collections.OrderedDict, [("a", Gadget(os.system, command))]),
-            Gadget(torch._utils._rebuild_tensor_v2, storage, 0, (16,), (1,), False, collections.OrderedDict()),
-            storage,
-            Gadget(Path.touch, sentinel),
-        ]
-    )
-
-
-def gadget_in_state_dict(folder: Folder, sentinel: Path, rng: random.Random) -> None:
-    """A hostile object beside, instead of, or inside a tensor of a real state_dict."""
-    path = a_weight_file(folder, rng)
-    content: dict[Any, Any] = dict(torch.load(path, weights_only=True))
-    name = rng.choice(list(content))
-    content[rng.choice([name, "x", "model.rotary_emb.inv_freq"])] = gadget(sentinel, rng)
-    legacy = rng.random() < 0.5
-    torch.save(rng.choice([content, {"state_dict": content}]), path, _use_new_zipfile_serialization=not legacy)
-
-
-def gadget_pickle(folder: Folder, sentinel: Path, rng: random.Random) -> None:
-    """A hostile pickle as it stands, or as a record of the zip, in any protocol."""
-    path = a_weight_file(folder, rng)
-    data = rng.choice(
-        [
-            pickle.dumps(gadget(sentinel, rng), protocol=rng.randrange(6)),
-            b"cos\nsystem\n(S'touch " + str(sentinel).encode() + b"'\ntR.",
-            b"(S'touch " + str(sentinel).encode() + b"'\nios\nsystem\n.",  # INST instead of REDUCE
-        ]
-    )
-    if not path.read_bytes().startswith(b"PK") or rng.random() < 0.4:
-        path.write_bytes(rng.choice([data, path.read_bytes()[:200] + data, data + path.read_bytes()]))
-        return
-    records = read_records(path)
-    what = rng.choice(["data.pkl", "constants.pkl", "version", "data/0"])
-    prefix = records[0][0].split("/")[0]
-    write_records(path, [(n, c) for n, c in records if not n.endswith("/" + what)] + [(f"{prefix}/{what}", data)])
-
-
-def bin_objects(folder: Folder, _: Path, rng: random.Random) -> None:
-    """A state_dict with inert objects that are no dense tensors of the right kind."""
-    path = a_weight_file(folder, rng)
-    content: dict[Any, Any] = dict(torch.load(path, weights_only=True))
-    name = rng.choice(list(content))
-    tensor = content[name]
-    content[rng.choice([name, name, 3, ("a",), "x"])] = rng.choice(
-        [
-            *(
-                1,
-                "text",
-                None,
-                [tensor],
-                {"a": tensor},
-                tensor.double(),
-                tensor.long(),
-                tensor.t() if tensor.dim() == 2 else 0,
-            ),
-            *(tensor.to("meta"), tensor.to_sparse(), torch.nn.Parameter(tensor), tensor.expand(2, *tensor.shape)),
-            *(
-                tensor.to(torch.complex64),
-                torch.empty(0),
-                tensor[:0],
-                tensor.half(),
-                torch.zeros(1).expand(tensor.shape),
-            ),
-            *(torch._neg_view(tensor), collections.OrderedDict(a=tensor), torch.float32, torch.Size([1])),
-        ]
-    )
-    torch.save(content, path, _use_new_zipfile_serialization=rng.random() < 0.5)
-
-
 # The first word of a mutation says which formats it applies to.
 APPLIES_TO: dict[str, tuple[str, ...]] = {
     "any": FORMATS,
@@ -494,9 +299,9 @@ APPLIES_TO: dict[str, tuple[str, ...]] = {
     "bin": ("bin", "bin_shards", "bin_legacy"),
 }
 MUTATIONS: dict[str, Mutation] = {
-    "any header bits": flip_header,
-    "any bits": flip_anywhere,
-    "any tail bits": flip_tail,
+    "any header bits": flips("header"),
+    "any bits": flips("file"),
+    "any tail bits": flips("tail"),
     "any truncation": truncate,
     "any extension": extend,
     "any splice": splice_bytes,
