@@ -113,6 +113,10 @@ def _show_summary() -> None:
     pip is the parent of this process, and its standard output is where its own messages go. Nothing is written when
     that is no terminal (redirected, piped, CI), or where there is no /proc.
     """
-    with contextlib.suppress(OSError), open(f"/proc/{os.getppid()}/fd/1", "w") as output:
-        if output.isatty() and toolchain.build_summary:
-            output.write(f"\n  {toolchain.build_summary}\n  ")
+    with contextlib.suppress(OSError):
+        output = os.open(f"/proc/{os.getppid()}/fd/1", os.O_WRONLY | os.O_NOCTTY)  # unlike open("w"): empties no file
+        try:
+            if os.isatty(output) and toolchain.build_summary:
+                os.write(output, f"\n  {toolchain.build_summary}\n  ".encode())
+        finally:
+            os.close(output)

@@ -217,6 +217,11 @@ def test_summary_reaches_the_terminal_of_pip(tmp_path):
     )
     assert b"all" in pexpect.spawn(sys.executable, [str(installer)], timeout=30).read()
     assert subprocess.check_output([sys.executable, installer]) == b""  # a pipe: not written
+    log = tmp_path / "log.txt"
+    with log.open("w") as stream:
+        print("from pip", file=stream, flush=True)
+        subprocess.run([sys.executable, installer], stdout=stream, check=True)
+    assert log.read_text() == "from pip\n"  # a file: neither written nor emptied
 
 
 # ---- CUDA sources ----
