@@ -5,6 +5,7 @@
 
 #include "build_info.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/ops/read_memory.h"
 
 PYBIND11_MODULE(_C, m) {
   using namespace persimmon_fast::cpu;
@@ -14,7 +15,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_cpu_isa", [] { return isa_name(best_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name.c_str())); });
 
-  m.attr("build_summary") = PF_SUMMARY;  // one line: version, instruction sets, CUDA, compiler, torch
+  m.def("read_memory", &persimmon_fast::read_memory, pybind11::call_guard<pybind11::gil_scoped_release>());
+
+  m.attr("build_summary") = PF_SUMMARY;      // one line: version, instruction sets, CUDA, compiler, torch
+  m.attr("cpu_summary") = PF_CPU_SUMMARY;    // instruction sets that were compiled
+  m.attr("cuda_summary") = PF_CUDA_SUMMARY;  // architectures, or why there are none
   m.attr("torch_version") = PF_TORCH_VERSION;
   m.attr("compiler") = PF_COMPILER;
   m.attr("cuda_archs") = PF_CUDA_ARCHS;  // "" when built without CUDA kernels
