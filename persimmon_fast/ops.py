@@ -19,7 +19,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from persimmon_fast import _C, reference  # noqa: F401  importing _C registers the ops
+from persimmon_fast import extension, reference  # noqa: F401  extension registers the ops
 
 _FORCE_REFERENCE = os.environ.get("PERSIMMON_FAST_FORCE_REFERENCE", "0") not in ("", "0")
 MAX_HEAD_DIM = 128
