@@ -1,0 +1,1 @@
+"""Speed of every op and of the whole decoder; `python benchmarks/run.py`. How it is measured: docs/benchmarks.md."""

@@ -1,0 +1,377 @@
+"""Prefill, decode and generate of a slice of Persimmon-8B beside transformers on the same weights.
+
+The slice keeps the model's proportions: 4 layers of the real shape and 29,184 = 262,144 * 4 / 36 (rounded up to a
+multiple of 256) tokens of vocabulary, so that every part has its share of the bytes. Weights are random: about half
+of the neurons are zero after relu^2 then. The trained model has more zeros (its authors say over 90 %): ours is also
+measured with the biases of the up-projections shifted to 90 % zeros. transformers reads every weight in any case.
+
+Both models share one copy of the weights, but for the down-projections: transformers gets them in the memory order
+that it is used to. Every variant continues the same tokens, from a cache that it filled itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import counts
+from benchmarks.cases import DTYPES, SMALL, Workspace
+from benchmarks.limits import Limit, measure_limits
+from benchmarks.report import console
+from benchmarks.runner import has_kernel
+from benchmarks.timing import Budget, Stats, Variant, WallTimer, interleave
+from benchmarks.transformers_modes import Mode, UnavailableError, transformers_modes
+from persimmon_fast import PersimmonConfig, PersimmonForCausalLM
+from persimmon_fast.kv_cache import PagedKVCache
+
+SHIFTED_ZEROS = 0.9
+AGREEMENT = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
+DECODER_OPS = (
+    "layer_norm",
+    "qkv_norm_rope",
+    "qkv_norm_rope_paged",
+    "flash_attention",
+    "paged_attention",
+    "linear_residual",
+    "squared_relu_mlp",
+    "lm_head_argmax",
+)
+
+
+def slice_config(small: bool) -> PersimmonConfig:
+    if small:
+        return PersimmonConfig(
+            vocab_size=SMALL.vocab_size,
+            hidden_size=SMALL.hidden_size,
+            intermediate_size=SMALL.intermediate_size,
+            num_hidden_layers=4,
+            num_attention_heads=SMALL.num_heads,
+            max_position_embeddings=4096,
+            eos_token_id=None,
+        )
+    return PersimmonConfig(vocab_size=29184, num_hidden_layers=4, eos_token_id=None)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: (prompt tokens, rounds), (context, rounds, steps per round), (prompt, new tokens, rounds)."""
+
+    prefill: tuple[tuple[int, int], ...]
+    decode: tuple[tuple[int, int, int], ...]
+    generate: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Sizes:
+        if args.quick and args.small:
+            return cls(((32, 2),), ((32, 2, 4),), ((16, 8, 2),))
+        if args.quick:
+            return cls(((128, 3),), ((128, 3, 4),), ())
+        return cls(((128, 9), (512, 7), (2048, 3)), ((128, 8, 8), (2048, 8, 4)), ((128, 64, 3),))
+
+
+def random_model(
+    config: PersimmonConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[PersimmonForCausalLM, Workspace]:
+    """Normal weights of the initialisation's width, biases 0, LayerNorms 1 and 0; down-projections neuron-major. Also
+    returns the workspace that the matrices lie in."""
+    with torch.device("meta"):
+        model = PersimmonForCausalLM(config)
+    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    workspace = Workspace(device, dtype, working_set=1)
+    matrices = [shape for shape in sizes.values() if len(shape) == 2]
+    (cut,) = workspace.rotate(*matrices)
+    weights, remaining = {}, iter(cut)
+    for name, shape in sizes.items():
+        if len(shape) == 2:
+            weight = next(remaining)
+            weights[name] = weight.view(shape[::-1]).t() if "dense_4h_to_h" in name else weight
+        else:
+            value = 1.0 if name.endswith("norm.weight") else 0.0
+            weights[name] = torch.full(shape, value, dtype=dtype, device=device)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval(), workspace
+
+
+class UpBiases:
+    """The biases of the up-projections: zero, or shifted so that a given share of neurons is zero."""
+
+    def __init__(self, model: PersimmonForCausalLM, input_ids: Tensor) -> None:
+        self._model = model
+        self._mlps: list[Any] = [layer.mlp for layer in model.model.layers]
+        self._biases: dict[float | None, list[Tensor]] = {None: [m.dense_h_to_4h.bias.clone() for m in self._mlps]}
+        self.zeros: dict[float | None, float] = {None: self._measure(input_ids)}  # as measured
+        self._shift(input_ids, SHIFTED_ZEROS)
+        self.zeros[SHIFTED_ZEROS] = self._measure(input_ids)
+        self.use(None)
+
+    def use(self, zeros: float | None) -> None:
+        """None: as made; else the share of zeros that they were shifted to."""
+        for mlp, bias in zip(self._mlps, self._biases[zeros], strict=True):
+            mlp.dense_h_to_4h.bias.data.copy_(bias)
+
+    @contextmanager
+    def _before_mlps(self, action: Callable[[Any, Tensor], None]) -> Iterator[None]:
+        hooks = [m.register_forward_pre_hook(lambda mlp, inputs: action(mlp, inputs[0])) for m in self._mlps]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _shift(self, input_ids: Tensor, zeros: float) -> None:
+        """Layer by layer in one pass: a layer's bias is set before it runs, so the next sees what it will see."""
+
+        def shift(mlp: Any, x: Tensor) -> None:
+            up = mlp.dense_h_to_4h
+            pre = F.linear(x, up.weight).float().flatten()
+            rank = max(1, round(zeros * pre.numel()))
+            up.bias.data.fill_(-float(pre.kthvalue(rank).values))
+
+        with self._before_mlps(shift):
+            self._model(input_ids, use_cache=False, logits_to_keep=1)
+        self._biases[zeros] = [mlp.dense_h_to_4h.bias.clone() for mlp in self._mlps]
+
+    def _measure(self, input_ids: Tensor) -> float:
+        """Mean share of zeros after relu^2 over layers and tokens."""
+        shares: list[float] = []
+
+        def count(mlp: Any, x: Tensor) -> None:
+            up = mlp.dense_h_to_4h
+            shares.append(float((F.linear(x, up.weight, up.bias) <= 0).float().mean()))
+
+        with self._before_mlps(count):
+            self._model(input_ids, use_cache=False, logits_to_keep=1)
+        return sum(shares) / len(shares)
+
+
+class OurMode(Mode):
+    """persimmon_fast; `zeros` says which biases of the up-projections it runs with."""
+
+    def __init__(self, name: str, model: PersimmonForCausalLM, zeros: float | None) -> None:
+        self.name, self._model, self.zeros = name, model, zeros
+        self._cache: PagedKVCache | None = None
+
+    def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
+        model = self._model
+        self._cache = PagedKVCache(model.config, 1, max_cache_len, dtype=model.dtype, device=model.device)
+        return model(input_ids, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
+
+    def step(self, token: Tensor) -> Tensor:
+        return self._model(token, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
+        out = self._model.generate(input_ids, max_new_tokens=max_new_tokens, eos_token_id=None)
+        assert isinstance(out, Tensor)
+        return out
+
+    def drop_cache(self) -> None:
+        self._cache = None
+
+
+class Measurement:
+    """The models, the clock and the limits of one end-to-end run."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.device, self.dtype = device, DTYPES[args.dtype]
+        self.config = slice_config(args.small)
+        self._generator = torch.Generator().manual_seed(1)
+        self.model, workspace = random_model(self.config, self.dtype, device)
+        self.biases = UpBiases(self.model, self.tokens(64))
+        self.timer = WallTimer(device)
+        budget = Budget(seconds=1.0, min_rounds=3, max_rounds=10)
+        # the memory that is read is the memory that the weights lie in
+        self.limits = measure_limits(workspace.block, self.dtype, self.timer, budget, 512 if args.small else None)
+        self.modes: list[Mode] = [
+            OurMode("persimmon_fast", self.model, None),
+            OurMode(f"persimmon_fast, {SHIFTED_ZEROS:.0%} zeros", self.model, SHIFTED_ZEROS),
+        ]
+
+    def tokens(self, count: int) -> Tensor:
+        """[1, count] random ids."""
+        return torch.randint(self.config.vocab_size, (1, count), generator=self._generator).to(self.device)
+
+    def prefill(self, num_tokens: int, rounds: int) -> dict[str, Any]:
+        input_ids = self.tokens(num_tokens)
+        modes = [mode for mode in self.modes if mode.in_prefill]
+        self._check_agreement(modes, input_ids)
+
+        def run(mode: Mode) -> Variant:
+            def variant(call: int) -> None:
+                self.biases.use(mode.zeros)
+                mode.prefill(input_ids, num_tokens)
+
+            return variant
+
+        seconds = self._interleave({mode.name: run(mode) for mode in modes}, self.limits.matmul, rounds)
+        flops = self._prefill_flops(num_tokens)
+        rate = self.limits.matmul.rate(seconds.pop("limit")).median
+        for mode in modes:
+            mode.drop_cache()
+        return self._section(
+            f"prefill of {num_tokens:,} tokens, logits of the last one",
+            {"kind": "prefill", "tokens": num_tokens},
+            {name: [num_tokens / s for s in samples] for name, samples in seconds.items()},
+            {mode.name: num_tokens * rate / flops for mode in modes},
+        )
+
+    def decode(self, context: int, rounds: int, steps: int) -> dict[str, Any]:
+        """One token at a time, the same tokens for all; the cache grows from `context` + 2 as it would in use."""
+        warmups = 2
+        total = context + warmups + rounds * steps
+        input_ids, following = self.tokens(context), self.tokens(warmups + rounds * steps)
+        self._check_agreement(self.modes, input_ids, total)
+
+        def run(mode: Mode) -> Variant:
+            positions = iter(range(following.shape[1]))
+
+            def advance(count: int) -> None:
+                self.biases.use(mode.zeros)
+                for _ in range(count):
+                    index = next(positions)
+                    mode.step(following[:, index : index + 1]).argmax(-1)
+
+            advance(warmups)  # torch.compile happens here
+            return lambda call: advance(steps)
+
+        variants = {}
+        for mode in self.modes:
+            with console.status(f"{mode.name}: first steps"):
+                variants[mode.name] = run(mode)
+        seconds = self._interleave(variants, self.limits.read, rounds)
+        rate = self.limits.read.rate(seconds.pop("limit")).median
+        mean_context = total - rounds * steps / 2
+        limits = {}
+        for mode in self.modes:
+            skipped = self.biases.zeros[mode.zeros] if isinstance(mode, OurMode) else 0.0
+            limits[mode.name] = rate / self._decode_bytes(mean_context, skipped)
+        for mode in self.modes:
+            mode.drop_cache()
+        gc.collect()
+        return self._section(
+            f"decode at context {context:,}, {rounds * steps} steps",
+            {"kind": "decode", "context": context, "steps": rounds * steps},
+            {name: [steps / s for s in samples] for name, samples in seconds.items()},
+            limits,
+        )
+
+    def generate(self, prompt: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+        """The whole call as a user makes it, prefill included."""
+        input_ids = self.tokens(prompt)
+        modes = [mode for mode in self.modes if mode.in_generate]
+
+        def run(mode: Mode) -> Variant:
+            def variant(call: int) -> None:
+                self.biases.use(mode.zeros)
+                out = mode.generate(input_ids, new_tokens)
+                assert out.shape[1] == prompt + new_tokens, f"{mode.name} made {out.shape[1] - prompt} tokens"
+
+            self.biases.use(mode.zeros)
+            mode.generate(input_ids, 2)
+            return variant
+
+        seconds = self._interleave({mode.name: run(mode) for mode in modes}, self.limits.read, rounds)
+        seconds.pop("limit")
+        return self._section(
+            f"generate: {prompt} tokens in, {new_tokens} out, greedy, prefill included",
+            {"kind": "generate", "prompt": prompt, "new_tokens": new_tokens},
+            {name: [new_tokens / s for s in samples] for name, samples in seconds.items()},
+            {},
+        )
+
+    def _interleave(self, variants: dict[str, Variant], limit: Limit, rounds: int) -> dict[str, list[float]]:
+        return interleave(variants | {"limit": limit.variant}, self.timer, rounds)
+
+    def _check_agreement(self, modes: list[Mode], input_ids: Tensor, max_cache_len: int | None = None) -> None:
+        """Fills every cache, and compares the last logits of those that run on the same biases."""
+        expected: dict[float | None, Tensor] = {}
+        for mode in modes:
+            self.biases.use(mode.zeros)
+            logits = mode.prefill(input_ids, max_cache_len or input_ids.shape[1]).double()
+            first = expected.setdefault(mode.zeros, logits)
+            difference = float((logits - first).abs().max() / first.abs().max())
+            self.difference = max(self.difference, difference)
+            if not difference <= AGREEMENT[self.dtype]:
+                raise RuntimeError(f"end_to_end: logits of {mode.name} differ by {difference:.1e} of the largest")
+
+    difference = 0.0
+
+    def _decode_bytes(self, context: float, skipped: float) -> float:
+        parameters = self.model.num_parameters()
+        config = self.config
+        cached = 2 * context * config.num_hidden_layers * config.hidden_size
+        return counts.decode_step(
+            parameters,
+            config.vocab_size * config.hidden_size,
+            config.num_hidden_layers * config.intermediate_size * config.hidden_size,
+            skipped,
+            cached,
+            self.dtype.itemsize,
+        ).num_bytes
+
+    def _prefill_flops(self, num_tokens: int) -> float:
+        """Products of the layers for every token, attention of the pairs, head for one token."""
+        config = self.config
+        hidden, layers = config.hidden_size, config.num_hidden_layers
+        per_token = 2 * layers * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
+        attention = 4 * layers * hidden * counts.attended_pairs(num_tokens, num_tokens)
+        return num_tokens * per_token + attention + 2 * hidden * config.vocab_size
+
+    def _section(
+        self, title: str, facts: dict[str, Any], rates: dict[str, list[float]], limits: dict[str, float]
+    ) -> dict[str, Any]:
+        variants = {}
+        for name, samples in rates.items():
+            stats, limit = Stats.of(samples), limits.get(name)
+            variants[name] = {
+                "tokens_per_s": stats.to_dict(),
+                "samples_tokens_per_s": samples,
+                "limit_tokens_per_s": limit,
+                "share_of_limit": None if limit is None else stats.median / limit,
+            }
+            console.print(f"  {title}: {name}: {stats.median:.4g} tokens/s")
+        return {"title": title, **facts, "variants": variants}
+
+
+def run(args: argparse.Namespace, device: torch.device, skipped: list[dict[str, str]]) -> dict[str, Any] | None:
+    """The end-to-end part of a result, None where this build lacks kernels; what is left out is added to `skipped`."""
+    missing = [op for op in DECODER_OPS if not has_kernel(op, device)]
+    if missing:
+        reason = f"no {device.type} kernel in this build for {', '.join(missing)}"
+        skipped.append({"op": "end_to_end", "reason": reason})
+        return None
+    sizes = Sizes.of(args)
+    measurement = Measurement(args, device)
+    try:
+        measurement.modes += transformers_modes(measurement.model, compiled=not args.quick, freezing=args.thorough)
+    except UnavailableError as error:
+        skipped.append({"op": "end_to_end with transformers", "reason": str(error)})
+    sections = [measurement.prefill(*size) for size in sizes.prefill]
+    sections += [measurement.decode(*size) for size in sizes.decode]
+    sections += [measurement.generate(*size) for size in sizes.generate]
+    config, model, limits = measurement.config, measurement.model, measurement.limits
+    return {
+        "model": {
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_attention_heads": config.num_attention_heads,
+            "vocab_size": config.vocab_size,
+            "parameters": model.num_parameters(),
+            "weight_bytes": model.num_parameters() * measurement.dtype.itemsize,
+        },
+        "zeros": {"random weights": measurement.biases.zeros[None], "shifted": measurement.biases.zeros[SHIFTED_ZEROS]},
+        "logits_difference": measurement.difference,
+        "limits": {
+            "read_bytes_per_s": limits.samples["read bandwidth"],
+            "matmul_flops_per_s": limits.samples["matmul peak"],
+        },
+        "sections": sections,
+    }
