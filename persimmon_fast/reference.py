@@ -94,7 +94,7 @@ def qkv_norm_rope(
 
     weight [num_heads * 3 * head_dim, hidden_size]: per head its q, k and v rows.
     """
-    qkv = _linear(x, weight, bias).view(x.shape[0], num_heads, 3, -1)
+    qkv = _linear(x, weight, bias).view(x.shape[0], num_heads, 3, weight.shape[0] // (3 * num_heads))
     q, k, v = qkv.unbind(2)
     q, k = qk_norm_rope(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
     return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)

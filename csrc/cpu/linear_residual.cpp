@@ -19,17 +19,10 @@ void linear_residual(const LinearResidualParams& p, int64_t begin, int64_t end) 
       const T* bias = static_cast<const T*>(p.bias);
       const T* residual = static_cast<const T*>(p.residual) + m * p.residual_row_stride;
       T* out = static_cast<T*>(p.out) + m * p.out_row_stride;
-      int64_t n = begin;
-      for (; n + Vec::kWidth <= end; n += Vec::kWidth) {
-        Vec sum = load(sums + n);
-        if (bias != nullptr) sum = sum + load(bias + n);
-        store(out + n, sum + load(residual + n));
-      }
-      if (n < end) {
-        const int tail = static_cast<int>(end - n);
-        Vec sum = load_n(sums + n, tail);
-        if (bias != nullptr) sum = sum + load_n(bias + n, tail);
-        store_n(out + n, sum + load_n(residual + n, tail), tail);
+      for (int64_t n = begin; n < end; n += Vec::kWidth) {
+        Vec sum = load_part(sums + n, end - n);
+        if (bias != nullptr) sum = sum + load_part(bias + n, end - n);
+        store_part(out + n, sum + load_part(residual + n, end - n), end - n);
       }
     }
   });

@@ -227,6 +227,16 @@ inline void store_n(T* p, Vec a, int n) {
 }
 #endif
 
+// The first n lanes, 0 < n <= kWidth: one plain access where the vector is whole.
+template <typename T>
+inline Vec load_part(const T* p, int64_t n) {
+  return n >= Vec::kWidth ? load(p) : load_n(p, static_cast<int>(n));
+}
+template <typename T>
+inline void store_part(T* p, Vec a, int64_t n) {
+  n >= Vec::kWidth ? store(p, a) : store_n(p, a, static_cast<int>(n));
+}
+
 // e^x for softmax, to about 2 ulp: 2^n * e^f with n = round(x / ln 2), |f| <= ln(2)/2 in two-constant (Cody-Waite)
 // reduction, and the degree-6 Taylor polynomial of e^f (truncation 1.6e-7 relative). x is clamped to [-87, 88], so
 // the result neither overflows nor becomes subnormal, except -inf, which gives exactly 0. NaN stays NaN.
