@@ -17,12 +17,14 @@ void linear_residual(const LinearResidualParams& p, int64_t begin, int64_t end) 
     for (int64_t m = 0; m < p.product.num_rows; ++m) {
       const float* sums = p.product.out + m * p.product.out_row_stride;
       const T* bias = static_cast<const T*>(p.bias);
-      const T* residual = static_cast<const T*>(p.residual) + m * p.residual_row_stride;
+      const T* residual =
+          p.residual != nullptr ? static_cast<const T*>(p.residual) + m * p.residual_row_stride : nullptr;
       T* out = static_cast<T*>(p.out) + m * p.out_row_stride;
       for (int64_t n = begin; n < end; n += Vec::kWidth) {
         Vec sum = load_part(sums + n, end - n);
         if (bias != nullptr) sum = sum + load_part(bias + n, end - n);
-        store_part(out + n, sum + load_part(residual + n, end - n), end - n);
+        if (residual != nullptr) sum = sum + load_part(residual + n, end - n);
+        store_part(out + n, sum, end - n);
       }
     }
   });

@@ -12,7 +12,7 @@ namespace persimmon_fast::cpu {
 struct LinearResidualParams {
   StreamParams product;  // its out: scratch
   const void* bias;      // [out_features]; null: none
-  const void* residual;  // [num_rows, out_features], rows residual_row_stride elements apart
+  const void* residual;  // [num_rows, out_features], rows residual_row_stride elements apart; null: none
   void* out;             // as residual, rows out_row_stride elements apart
   int64_t residual_row_stride;
   int64_t out_row_stride;

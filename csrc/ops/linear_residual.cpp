@@ -37,7 +37,7 @@ at::Tensor linear_residual_meta(const at::Tensor& x, const at::Tensor& weight, c
 
 at::Tensor linear_residual_cpu(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                                const at::Tensor& residual) {
-  const int64_t num_rows = x.size(0);
+  const int64_t num_rows = x.dim() == 2 ? x.size(0) : 0;
   if (num_rows > cpu::kMaxStreamRows) {
     check_linear_residual(x, weight, bias, residual);
     return at::linear(x, weight, bias).add_(residual);

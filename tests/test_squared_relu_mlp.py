@@ -1,0 +1,227 @@
+"""squared_relu_mlp on every CPU instruction set, against the reference in fp64."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import DTYPES, ISAS, assert_within_contract, cpu_isa, randn
+
+from persimmon_fast import ops, reference
+
+NUM_ROWS = [0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33]
+# hidden_size, intermediate_size: tails of vectors, of groups of 8 neurons, of column blocks
+SIZES = [(1, 1), (7, 65), (64, 7), (65, 64), (130, 257), (4099, 20), (20, 4096)]
+NAMES = ("x", "up_weight", "up_bias", "down_weight", "down_bias", "residual")
+
+
+def inputs(rows: int, hidden: int, intermediate: int, dtype: torch.dtype, neuron_major: bool = True):
+    """The arguments NAMES."""
+    down_weight = randn(intermediate, hidden, dtype=dtype, seed=4, scale=intermediate**-0.5).t()
+    return (
+        randn(rows, hidden, dtype=dtype, seed=1),
+        randn(intermediate, hidden, dtype=dtype, seed=2, scale=hidden**-0.5),
+        randn(intermediate, dtype=dtype, seed=3),
+        down_weight if neuron_major else down_weight.contiguous(),
+        randn(hidden, dtype=dtype, seed=5),
+        randn(rows, hidden, dtype=dtype, seed=6),
+    )
+
+
+def run(isa: str, *args):
+    with cpu_isa(isa), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*zeros cannot be skipped")
+        return ops.squared_relu_mlp(*args)
+
+
+def expected(args):
+    return reference.squared_relu_mlp(*(None if t is None else t.double() for t in args))
+
+
+def plain(x, up_weight, up_bias, down_weight, down_bias, residual):
+    """The same formula in plain torch, every step rounded to the dtype of x."""
+    out = F.linear(F.linear(x, up_weight, up_bias).relu().square(), down_weight, down_bias)
+    return out if residual is None else residual + out
+
+
+def check(isa, args, what):
+    out = run(isa, *args)
+    assert out.dtype == args[0].dtype
+    assert_within_contract(out, expected(args), plain(*args), f"{isa} {what}")
+    return out
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("neuron_major", [True, False])
+@pytest.mark.parametrize("rows", NUM_ROWS)
+def test_row_counts(isa, dtype, neuron_major, rows):
+    check(isa, inputs(rows, 100, 203, dtype, neuron_major), f"{rows} rows")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("hidden", "intermediate"), SIZES)
+def test_sizes(isa, dtype, hidden, intermediate):
+    for rows, neuron_major in ((1, True), (3, False), (16, True)):
+        check(isa, inputs(rows, hidden, intermediate, dtype, neuron_major), f"{rows} x {hidden} x {intermediate}")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("neuron_major", [True, False])
+@pytest.mark.parametrize("rows", [2, 20])
+def test_no_bias_no_residual_and_strided_tensors(isa, neuron_major, rows):
+    x, up_weight, up_bias, down_weight, _, residual = inputs(rows, 140, 90, torch.bfloat16, neuron_major)
+    part = slice(20, 120)
+    args = (x[:, part], up_weight[:80, part], up_bias[:80], down_weight[part, 3:83], None, residual[:, part])
+    out = check(isa, args, "strided")
+    assert torch.equal(out, run(isa, *(None if t is None else t.contiguous() for t in args[:3]), *args[3:]))
+    check(isa, (*args[:2], None, args[3], None, None), "no bias")
+
+
+def with_zeros(args, share: float):
+    """The same arguments with a bias that switches about `share` of the neurons off for every row."""
+    off = torch.rand(args[2].shape, generator=torch.Generator().manual_seed(7)) < share
+    return (*args[:2], torch.where(off, -1000.0, args[2].float() + 1000 * (share == 0)).to(args[2].dtype), *args[3:])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_inactive_neurons_are_not_read(isa, dtype, share, rows):
+    args = with_zeros(inputs(rows, 150, 300, dtype), share)
+    if dtype == torch.float16 and share == 0.0:  # plain torch overflows: a yardstick with finite squares
+        args = (*args[:2], args[2] * 0.1, *args[3:])
+    inactive = ~(F.linear(args[0].float(), args[1].float(), args[2].float()) > 0).any(0)
+    assert int(inactive.sum()) >= share * 200
+    clean = check(isa, args, f"{share} zeros")
+    poisoned = args[3].clone()  # keeps the strides
+    poisoned[:, inactive] = float("nan")
+    assert torch.equal(run(isa, *args[:3], poisoned, *args[4:]), clean)
+    if share == 1.0:
+        assert torch.equal(clean, (args[4].float() + args[5].float()).to(dtype))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("neuron_major", [True, False])
+@pytest.mark.parametrize("rows", [3, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_inf_reach_the_output(isa, neuron_major, rows, dtype):
+    x, up_weight, up_bias, down_weight, down_bias, residual = inputs(rows, 70, 90, dtype, neuron_major)
+    x[0, 69], x[1, 3] = float("nan"), float("inf")
+    up_weight[:, 3] = up_weight[:, 3].abs() + 0.1  # every neuron of row 1 is inf, not 0 or inf - inf
+    out = run(isa, x, up_weight, up_bias, down_weight, down_bias, residual)
+    assert out[0].isnan().all()
+    assert not out[1].isfinite().any()
+    assert out[2:].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("neuron_major", [True, False])
+def test_fp16_squares_do_not_overflow_below_4000(isa, rows, neuron_major):
+    args = inputs(rows, 64, 200, torch.float16, neuron_major)
+    x = args[0].clone()
+    z = F.linear(x[0].float(), args[1].float())
+    x[0] *= 3990 / float(z.max())
+    args = (x, args[1], args[2] * 0, args[3] * 2**-8, *args[4:])
+    assert 3900 < float(F.linear(x.float(), args[1].float()).max()) < 4000
+    out = run(isa, *args)
+    exact = expected(args)
+    assert out.isfinite().all()
+    # Plain fp16 is inf here; the yardstick rounds the hidden activation divided by 2^8 instead.
+    hidden = (F.linear(x, args[1], args[2]).relu().float() / 16).square().half()
+    yardstick = (F.linear(hidden.float(), args[3].float()).half().float() * 256).half() + args[4] + args[5]
+    assert_within_contract(out[:1], exact[:1], yardstick[:1], f"{isa} scaled row")
+    assert_within_contract(out[1:], exact[1:], plain(*args)[1:], f"{isa} other rows")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("neuron_major", [True, False])
+def test_a_row_has_the_same_bits_in_every_batch_and_run(isa, dtype, neuron_major):
+    args = with_zeros(inputs(16, 333, 700, dtype, neuron_major), 0.3)
+
+    def part(begin: int, end: int):
+        return run(isa, args[0][begin:end], *args[1:5], args[5][begin:end])
+
+    singles = torch.cat([part(i, i + 1) for i in range(16)])
+    for rows in (2, 3, 8, 16):
+        assert torch.equal(part(0, rows), singles[:rows]), rows
+        assert torch.equal(part(0, rows), part(0, rows)), rows
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    args = inputs(3, 1000, 1500, torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        outs = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(ops.squared_relu_mlp(*args))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("neuron_major", [True, False])
+def test_more_rows_than_one_pass_give_the_same_bits_twice(neuron_major):
+    args = inputs(40, 100, 300, torch.bfloat16, neuron_major)
+    assert torch.equal(run("scalar", *args), run("scalar", *args))
+
+
+def test_row_major_down_weight_warns_once():
+    args = inputs(2, 20, 30, torch.float32, neuron_major=False)
+    ops._warned.clear()
+    with pytest.warns(UserWarning, match="zeros cannot be skipped"):
+        ops.squared_relu_mlp(*args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.squared_relu_mlp(*args)
+        ops.squared_relu_mlp(*args[:3], ops.to_neuron_major(args[3]), *args[4:])
+
+
+def test_leading_dimensions():
+    args = inputs(6, 40, 24, torch.float32)
+    out = ops.squared_relu_mlp(args[0].view(2, 3, 40), *args[1:5], args[5].view(2, 3, 40))
+    assert out.shape == (2, 3, 40)
+    assert torch.equal(out.view(6, 40), ops.squared_relu_mlp(*args))
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize("neuron_major", [True, False])
+def test_opcheck(rows, neuron_major):
+    args = inputs(rows, 24, 40, torch.float32, neuron_major)
+    torch.library.opcheck(torch.ops.persimmon_fast.squared_relu_mlp.default, args)
+    torch.library.opcheck(torch.ops.persimmon_fast.squared_relu_mlp.default, (*args[:2], None, args[3], None, None))
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"x": torch.zeros(3, 24).int()}, TypeError, "x must be float32, float16 or bfloat16, got Int"),
+        ({"x": randn(24)}, ValueError, r"x must be \[num_rows, hidden_size\] .* got \[24\]"),
+        ({"x": randn(3, 0)}, ValueError, r"x must have hidden_size > 0, got \[3, 0\]"),
+        ({"x": randn(24, 20).t()}, ValueError, "x must have a last dimension of stride 1"),
+        ({"up_weight": randn(40, 23)}, ValueError, r"up_weight must be .* = \[-1, 24\], got \[40, 23\]"),
+        ({"up_weight": randn(0, 24)}, ValueError, r"up_weight must have intermediate_size > 0, got \[0, 24\]"),
+        ({"up_weight": randn(24, 40).t()}, ValueError, "up_weight must have a last dimension of stride 1"),
+        ({"up_weight": randn(40, 24).half()}, TypeError, "up_weight must be Float as x is, got Half"),
+        ({"up_bias": randn(39)}, ValueError, r"up_bias must be \[intermediate_size\] = \[40\], got \[39\]"),
+        ({"down_weight": randn(40, 24)}, ValueError, r"down_weight must be .* = \[24, 40\], got \[40, 24\]"),
+        ({"down_weight": randn(24, 80)[:, ::2]}, ValueError, "down_weight must have a dimension of stride 1, got str"),
+        ({"down_weight": randn(24, 40).half()}, TypeError, "down_weight must be Float as x is, got Half"),
+        ({"down_bias": randn(40)}, ValueError, r"down_bias must be \[hidden_size\] = \[24\], got \[40\]"),
+        ({"residual": randn(1, 24)}, ValueError, r"residual must be \[num_rows, hidden_size\] = \[\d+, 24\], got"),
+        ({"residual": randn(3, 24).half()}, TypeError, "residual must be Float as x is, got Half"),
+    ],
+)
+def test_errors_name_op_argument_expected_and_found(rows, change, error, match):
+    args = dict(zip(NAMES, inputs(rows, 24, 40, torch.float32), strict=True)) | change
+    with pytest.raises(error, match="^squared_relu_mlp: " + match):
+        torch.ops.persimmon_fast.squared_relu_mlp(*(args[name] for name in NAMES))
