@@ -26,7 +26,7 @@ from benchmarks import counts
 from benchmarks.cases import DTYPES, SMALL, Workspace
 from benchmarks.limits import Limit, measure_limits
 from benchmarks.report import console
-from benchmarks.runner import has_kernel
+from benchmarks.runner import BenchmarkError, has_kernel
 from benchmarks.timing import Budget, Stats, Variant, WallTimer, interleave
 from benchmarks.transformers_modes import Mode, UnavailableError, transformers_modes
 from persimmon_fast import PersimmonConfig, PersimmonForCausalLM
@@ -182,6 +182,7 @@ class Measurement:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.device, self.dtype = device, DTYPES[args.dtype]
         self.config = slice_config(args.small)
+        self.difference = 0.0  # the largest between logits of two modes, relative to the largest logit
         self._generator = torch.Generator().manual_seed(1)
         self.model, workspace = random_model(self.config, self.dtype, device)
         self.biases = UpBiases(self.model, self.tokens(64))
@@ -201,7 +202,7 @@ class Measurement:
     def prefill(self, num_tokens: int, rounds: int) -> dict[str, Any]:
         input_ids = self.tokens(num_tokens)
         modes = [mode for mode in self.modes if mode.in_prefill]
-        self._check_agreement(modes, input_ids)
+        self._fill_caches(modes, input_ids, num_tokens)
 
         def run(mode: Mode) -> Variant:
             def variant(call: int) -> None:
@@ -227,24 +228,25 @@ class Measurement:
         warmups = 2
         total = context + warmups + rounds * steps
         input_ids, following = self.tokens(context), self.tokens(warmups + rounds * steps)
-        self._check_agreement(self.modes, input_ids, total)
+        self._fill_caches(self.modes, input_ids, total)
 
         def run(mode: Mode) -> Variant:
-            positions = iter(range(following.shape[1]))
+            positions = iter(range(warmups, following.shape[1]))
 
-            def advance(count: int) -> None:
+            def variant(call: int) -> None:
                 self.biases.use(mode.zeros)
-                for _ in range(count):
+                for _ in range(steps):
                     index = next(positions)
                     mode.step(following[:, index : index + 1]).argmax(-1)
 
-            advance(warmups)  # torch.compile happens here
-            return lambda call: advance(steps)
+            return variant
 
-        variants = {}
-        for mode in self.modes:
-            with console.status(f"{mode.name}: first steps"):
-                variants[mode.name] = run(mode)
+        def warm_up(mode: Mode) -> Tensor:
+            with console.status(f"{mode.name}: first steps"):  # torch.compile happens here
+                return [mode.step(following[:, index : index + 1]) for index in range(warmups)][-1]
+
+        self._compare_logits(self.modes, warm_up)
+        variants = {mode.name: run(mode) for mode in self.modes}
         seconds = self._interleave(variants, self.limits.read, rounds)
         rate = self.limits.read.rate(seconds.pop("limit")).median
         mean_context = total - rounds * steps / 2
@@ -289,19 +291,20 @@ class Measurement:
     def _interleave(self, variants: dict[str, Variant], limit: Limit, rounds: int) -> dict[str, list[float]]:
         return interleave(variants | {"limit": limit.variant}, self.timer, rounds)
 
-    def _check_agreement(self, modes: list[Mode], input_ids: Tensor, max_cache_len: int | None = None) -> None:
-        """Fills every cache, and compares the last logits of those that run on the same biases."""
+    def _fill_caches(self, modes: list[Mode], input_ids: Tensor, max_cache_len: int) -> None:
+        self._compare_logits(modes, lambda mode: mode.prefill(input_ids, max_cache_len))
+
+    def _compare_logits(self, modes: list[Mode], logits_of: Callable[[Mode], Tensor]) -> None:
+        """Modes that run on the same biases must give the same logits, up to the roundings of their orders."""
         expected: dict[float | None, Tensor] = {}
         for mode in modes:
             self.biases.use(mode.zeros)
-            logits = mode.prefill(input_ids, max_cache_len or input_ids.shape[1]).double()
+            logits = logits_of(mode).double()
             first = expected.setdefault(mode.zeros, logits)
             difference = float((logits - first).abs().max() / first.abs().max())
             self.difference = max(self.difference, difference)
             if not difference <= AGREEMENT[self.dtype]:
-                raise RuntimeError(f"end_to_end: logits of {mode.name} differ by {difference:.1e} of the largest")
-
-    difference = 0.0
+                raise BenchmarkError(f"end_to_end: logits of {mode.name} differ by {difference:.1e} of the largest")
 
     def _decode_bytes(self, context: float, skipped: float) -> float:
         parameters = self.model.num_parameters()

@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="also measure torch.compile of the plain version of each op")
     add("--thorough", action="store_true",
         help="end to end also with torch.compile and weight freezing (minutes, three times the memory)")  # fmt: skip
-    add("--seconds", type=float, metavar="S", help="aim for the rounds of one case (default 4, quick 0.6)")
+    add("--seconds", type=float, metavar="S", help="aim for the rounds of one case (default 3, quick 0.6)")
     add("--working-set", type=float, metavar="GB",
         help="memory to rotate over (default: three times the last-level cache, at least 1 GB; quick 0.3)")  # fmt: skip
     args = parser.parse_args(argv)
@@ -73,7 +73,7 @@ def working_set_bytes(args: argparse.Namespace) -> int:
 def budget_of(args: argparse.Namespace) -> Budget:
     if args.quick:
         return Budget(seconds=args.seconds or 0.6, min_rounds=3, max_rounds=20, min_slow_samples=1)
-    return Budget(seconds=args.seconds or 4.0)
+    return Budget(seconds=args.seconds or 3.0)
 
 
 def stem(args: argparse.Namespace) -> str:

@@ -119,7 +119,7 @@ class Budget:
         min_slow_samples: of variants too slow to run in every round.
     """
 
-    seconds: float = 4.0
+    seconds: float = 3.0
     min_rounds: int = 7
     max_rounds: int = 50
     min_sample_seconds: float = 3e-4

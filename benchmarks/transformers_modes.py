@@ -53,7 +53,7 @@ class TransformersMode(Mode):
     ) -> None:
         self.name = f"transformers {name}"
         self._model, self._static = model, static
-        self._step: Callable[..., Any] = compiled or model
+        self._step: Callable[..., Any] = model if compiled is None else compiled
         self._cache: Any = None
         self.in_prefill, self.in_generate = not static, compiled is None
 
