@@ -42,6 +42,7 @@ def test_info_of_persimmon_8b(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert dense["tokens_per_second"] == pytest.approx(31 / 16.647, rel=1e-3)
     assert sparse["bytes_per_token"] == pytest.approx((1 - 0.9 * 0.290) * 16.647e9, rel=1e-3)
     assert full["bytes_per_token"] == pytest.approx(16.647e9 + 9 * 2**30, rel=1e-3)
+    assert full["tokens_per_second"] == pytest.approx(31e9 / full["bytes_per_token"])
 
     assert run("info", tmp_path, "--bandwidth", "31") == 0
     shown = capsys.readouterr().out

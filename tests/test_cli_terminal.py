@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def test_chat_in_a_terminal(folder: Path, spawn: Any) -> None:
     child.kill(signal.SIGINT)
     child.expect(r"\(stopped\)")
     child.expect("human: ")  # the answer has ended, the chat has not
+    time.sleep(1)  # Python misses a signal between readline's prompt and its wait for a key
     child.kill(signal.SIGINT)
     child.expect(pexpect.EOF)
     child.wait()
