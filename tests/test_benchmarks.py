@@ -341,7 +341,7 @@ def test_without_matplotlib_the_numbers_are_still_written(tmp_path, monkeypatch,
 def test_without_transformers_ours_is_measured_alone(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('hidden', name='transformers')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = run("--quick", "--small", "--op", "end_to_end", out=tmp_path / "out", PYTHONPATH=path)
+    done = run("--quick", "--small", "--threads", "1", "--op", "end_to_end", out=tmp_path / "out", PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped end_to_end with transformers: transformers is not installed" in done.stdout
     result = json.loads((tmp_path / "out" / "cpu-bf16-small-quick-end_to_end.json").read_text())
