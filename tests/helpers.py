@@ -20,12 +20,8 @@ from persimmon_fast.config import PersimmonConfig
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the largest magnitude in the expected tensor: about two roundings of the dtype.
 FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ISAS = [
-    isa
-    for isa in ("scalar", "avx2", "avx512", "avx512_bf16")
-    if ("scalar", "avx2", "avx512", "avx512_bf16").index(isa)
-    <= ("scalar", "avx2", "avx512", "avx512_bf16").index(_C.best_cpu_isa())
-]
+_LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
+ISAS = _LEVELS[: _LEVELS.index(_C.best_cpu_isa()) + 1]
 
 # Every instruction set, and "cuda". Tests that take a backend run `with backend(name) as device`.
 BACKENDS = [

@@ -3,7 +3,7 @@
 // Used by every kernel that reads a whole weight matrix for a few tokens: linear_residual, qkv_norm_rope,
 // squared_relu_mlp, lm_head. A product has two steps:
 //
-//   1. pack_activations, once: x becomes fp32 in the order in which stream_rows reads it;
+//   1. pack_activations, once: x in the type (fp32; bf16 for AMX) and order in which stream_rows reads it;
 //   2. stream_rows, by every thread for its range of weight rows: fp32 sums to scratch memory, in which the kernel
 //      then does its epilogue.
 //
@@ -18,7 +18,7 @@
 namespace persimmon_fast::cpu {
 
 constexpr int64_t kMaxStreamRows = 16;   // rows of x that one pass over the weights serves
-constexpr int64_t kPackBlock = 16;       // columns of x in one work item of pack_activations
+constexpr int64_t kPackBlock = 32;       // columns of x in one work item of pack_activations
 constexpr int64_t kStreamGrain = 65536;  // weights per thread that pay for waking it
 
 // Number of blocks that hold in_features columns, and of floats in the packed activations.
@@ -51,7 +51,8 @@ struct StreamParams {
   int64_t in_features;
   int64_t weight_row_stride;
   int64_t out_row_stride;
-  DType dtype;  // of weight
+  DType dtype;     // of weight
+  bool x_is_fp32;  // pack_activations had fp32 where the weights are narrower
 };
 
 // Work items: weight rows; writes out[:, begin:end]. Kernels call PF_ISA::stream_rows, the copy of their own

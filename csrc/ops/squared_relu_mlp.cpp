@@ -98,6 +98,7 @@ void down_row_major(const MlpArgs& a, const at::Tensor& hidden, const at::Tensor
   const at::Tensor sums = fp32_scratch(out.numel());
   cpu::LinearResidualParams p{};
   p.product = stream_params(packed, a.x.size(0), a.down_weight, sums);
+  p.product.x_is_fp32 = true;
   p.bias = data_or_null(a.down_bias);
   p.residual = data_or_null(a.residual);
   p.out = out.mutable_data_ptr();

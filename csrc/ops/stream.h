@@ -12,7 +12,7 @@ namespace persimmon_fast {
 
 inline at::Tensor fp32_scratch(int64_t size) { return at::empty({size}, at::TensorOptions().dtype(at::kFloat)); }
 
-// The rows of x (at most kMaxStreamRows, any row stride) in the order of stream_rows, fp32.
+// The rows of x (at most kMaxStreamRows, any row stride) as stream_rows reads them.
 inline at::Tensor pack_activations(const at::Tensor& x) {
   const int64_t num_rows = x.size(0);
   const int64_t in_features = x.size(1);
@@ -30,7 +30,7 @@ inline at::Tensor pack_activations(const at::Tensor& x) {
   return packed;
 }
 
-// x W^T for packed x, into `out` [num_rows, out_features] fp32.
+// x W^T for packed x of the dtype of W, into `out` [num_rows, out_features] fp32.
 inline cpu::StreamParams stream_params(const at::Tensor& packed, int64_t num_rows, const at::Tensor& weight,
                                        const at::Tensor& out) {
   cpu::StreamParams p{};

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from persimmon_fast.cli.selfcheck import Check
 
 SWITCHES = {
-    "PERSIMMON_FAST_CPU_ISA": "instruction set of the CPU kernels, from scalar to avx512_bf16; default: the best",
+    "PERSIMMON_FAST_CPU_ISA": "instruction set of the CPU kernels, from scalar to amx; default: the best",
     "PERSIMMON_FAST_FORCE_REFERENCE": "1: run the pure-torch reference instead of the kernels; default: 0",
     "PERSIMMON_FAST_TRACEBACK": "1: the command line shows where an error arose; default: 0",
 }
