@@ -164,6 +164,19 @@ def test_nan_and_inf_reach_the_queries_that_see_them_and_no_other(isa, dtype, se
             assert torch.equal(out[:, 1].isfinite(), before[:, 1].isfinite())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("seqlen", [1, 70, 150])
+def test_scores_that_are_all_minus_inf_count_as_no_keys(isa, seqlen):
+    q, k, v = inputs(seqlen, seqlen, torch.bfloat16)
+    q[:, :, 0], k[:, 0, 0] = 1.0, -math.inf
+    with cpu_isa(isa):
+        out, lse = packed(q, k, v, [seqlen], [seqlen])
+    assert (out[:, 0] == 0).all()
+    assert (lse[0] == -math.inf).all()
+    assert out[:, 1].isfinite().all()
+    assert lse[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seqlen", [70, 150])
 def test_views_of_a_packed_projection(dtype, seqlen):
