@@ -26,9 +26,8 @@ from persimmon_fast import strict_json
 from persimmon_fast.rope_scaling import RopeScalingError, check_rope_scaling
 
 if TYPE_CHECKING:
-    from typing import Self
-
     import torch
+    from typing_extensions import Self
 
 CONFIG_NAME = "config.json"
 TRAINED_ROPE_THETA = 25000.0  # Adept's; transformers 5 takes 10000 where a config names none

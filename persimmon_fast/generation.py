@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from persimmon_fast.tokenizer import PersimmonTokenizer
 
 if TYPE_CHECKING:
     from torch import nn
+    from typing_extensions import Self
 
     from persimmon_fast.model import PersimmonModel
 

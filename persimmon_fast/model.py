@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.generation import GenerationConfig, GenerationMixin
 from persimmon_fast.kv_cache import CacheSlots, PagedKVCache
 from persimmon_fast.rope import rope_cos_sin
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class RotaryTable:
