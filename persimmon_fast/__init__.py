@@ -5,6 +5,7 @@
 Importing the package is cheap: names are loaded when first used, and nothing here starts CUDA.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persimmon_fast.version import __version__
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from persimmon_fast.kv_cache import PagedKVCache
     from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
     from persimmon_fast.tokenizer import PersimmonTokenizer, TextStreamer
+
+SMALL_MODEL = Path(__file__).parent / "assets" / "persimmon-small"
+"""Folder of the small model that the package brings, trained on Python's standard library."""
 
 _HOME = {
     "CheckpointError": "checkpoint",
@@ -30,6 +34,7 @@ _HOME = {
 }
 
 __all__ = [
+    "SMALL_MODEL",
     "CheckpointError",
     "GenerateOutput",
     "GenerationConfig",
