@@ -305,7 +305,7 @@ class PersimmonModel(PersimmonPreTrainedModel):
             positions, seq_len = position_ids, _checked_seq_len(position_ids, batch_size, seqlen)
         x, hidden_states = self.forward_packed(
             _pack(embeds, kept),
-            _pack(positions.expand(batch_size, -1), kept),
+            _pack(positions.expand(batch_size, -1).contiguous(), kept),
             lengths,
             seq_len,
             cache,
