@@ -151,8 +151,10 @@ def test_doctor_checks_kernels_even_when_the_reference_is_forced(monkeypatch: py
 def test_doctor_names_switches_and_misspelt_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERSIMMON_FAST_CPU_ISO", "avx2")
     monkeypatch.setenv("PERSIMMON_FAST_TRACEBACK", "1")
+    monkeypatch.delenv("PERSIMMON_FAST_FORCE_REFERENCE", raising=False)
     facts = doctor.environment_facts()
     assert facts["PERSIMMON_FAST_TRACEBACK"] == "1"
+    assert facts["PERSIMMON_FAST_FORCE_REFERENCE"] == "not set: the kernels run"
     assert facts["PERSIMMON_FAST_CPU_ISO"] == "avx2 (not a switch of this version)"
     root = Path(__file__).parents[1]
     sources = [*(root / "persimmon_fast").rglob("*.py"), *(root / "csrc").rglob("*.cpp")]

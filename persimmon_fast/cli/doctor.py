@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from persimmon_fast.cli.selfcheck import Check
 
-SWITCHES = {
-    "PERSIMMON_FAST_CPU_ISA": "instruction set of the CPU kernels, from scalar to amx; default: the best",
-    "PERSIMMON_FAST_FORCE_REFERENCE": "1: run the pure-torch reference instead of the kernels; default: 0",
-    "PERSIMMON_FAST_TRACEBACK": "1: the command line shows where an error arose; default: 0",
+SWITCHES = {  # and what holds where they are not set
+    "PERSIMMON_FAST_CPU_ISA": "the best instruction set runs",
+    "PERSIMMON_FAST_FORCE_REFERENCE": "the kernels run",
+    "PERSIMMON_FAST_TRACEBACK": "errors are one line",
 }
 _PREFIX = "PERSIMMON_FAST_"
 
@@ -92,7 +92,7 @@ def runtime_facts() -> dict[str, str]:
 
 def environment_facts() -> dict[str, str]:
     """The switches of this package, and variables that look like one but are none."""
-    facts = {name: os.environ.get(name, "") or "not set" for name in SWITCHES}
+    facts = {name: os.environ.get(name) or f"not set: {default}" for name, default in SWITCHES.items()}
     unknown = sorted(name for name in os.environ if name.startswith(_PREFIX) and name not in SWITCHES)
     return facts | {name: f"{os.environ[name]} (not a switch of this version)" for name in unknown}
 
