@@ -95,6 +95,14 @@ def test_nan_and_inf_stay_in_their_row(name, size):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_statistics_that_overflow_are_not_hidden(name):
+    with backend(name) as device:
+        x, weight, bias = inputs(1, 4096, torch.float32, device=device)
+        out = ops.layer_norm(1e30 + 1e25 * x, weight, bias, EPS)  # inf - inf in the variance
+        assert out.isnan().all()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_same_bits_on_every_run_and_in_every_batch(name):
     with backend(name) as device:
         x, weight, bias = inputs(64, 4096, torch.bfloat16, device=device)

@@ -48,7 +48,7 @@ void normalise_row(const T* x, const T* weight, const T* bias, T* out, int64_t n
   }
   const float correction = deviation / n;
   const float mean = rough_mean + correction;
-  const float variance = std::max(0.0f, square / n - correction * correction);
+  const float variance = std::max(square / n - correction * correction, 0.0f);  // in this order NaN stays NaN
   const float rstd = 1.0f / std::sqrt(variance + eps);
 
   const auto affine = [&](Vec value, Vec w, Vec b) { return fma((value - Vec::set1(mean)) * Vec::set1(rstd), w, b); };
