@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +115,36 @@ def test_reads_no_neighbouring_memory(isa):
         t.copy_(randn(*t.shape, seed=seed))
     with cpu_isa(isa):
         assert torch.ops.persimmon_fast.linear_residual(x, weight, None, residual).isfinite().all()
+
+
+def guarded(t):
+    """A copy of t that ends where memory ends: the page behind it may not be read."""
+    page = mmap.PAGESIZE
+    size = -(-t.nbytes // page) * page
+    buffer = mmap.mmap(-1, size + page)
+    guard = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) + size
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(guard), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(buffer, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes).view(t.shape)
+    return copy.copy_(t)
+
+
+def run_guarded():
+    for isa in ISAS:
+        for dtype in DTYPES:
+            for rows, k, n in ((1, 33, 9), (3, 64, 8), (16, 100, 15), (5, 7, 1)):
+                print(isa, dtype, rows, k, n, flush=True)
+                check(isa, *(guarded(t) for t in inputs(rows, k, n, dtype)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect")
+def test_reads_nothing_behind_the_last_element():
+    """In a process of its own, which a read too far kills."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import test_linear_residual; test_linear_residual.run_guarded()"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, (
+        f"status {result.returncode} after {result.stdout.splitlines()[-1:]}\n{result.stderr}"
+    )
 
 
 def test_leading_dimensions():
