@@ -37,7 +37,12 @@ def tiny_model(folder: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return cli.run([str(argument) for argument in arguments])
+    """Runs a command line here; the threads that it sets are its own."""
+    threads = torch.get_num_threads()
+    try:
+        return cli.run([str(argument) for argument in arguments])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def edited(folder: Path, target: Path, **changes: object) -> Path:

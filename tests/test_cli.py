@@ -198,11 +198,20 @@ def test_options_reach_the_model(folder: Path, capsys: pytest.CaptureFixture[str
     without_bos = generated(folder, capsys, PROMPT, "--greedy", "--no-bos", "-n", 1)
     assert without_bos["prompt_tokens"] == greedy["prompt_tokens"] - 1
     assert generated(folder, capsys, PROMPT, "--dtype", "bfloat16", "-n", 1)["dtype"] == "bfloat16"
-    threads = torch.get_num_threads()
+    assert generated(folder, capsys, PROMPT, "--threads", 2, "-n", 1)["threads"] == 2
+
+
+def test_tiny_models_run_on_one_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     try:
-        assert generated(folder, capsys, PROMPT, "--threads", 1, "-n", 1)["threads"] == 1
+        assert generated(folder, capsys, PROMPT, "-n", 1)["threads"] == 1
+        monkeypatch.setattr(session, "_SMALL_BYTES", 0)
+        assert generated(folder, capsys, PROMPT, "-n", 1)["threads"] == 2
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def test_stop_strings_end_the_text_and_are_not_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,7 +157,10 @@ DtypeOption = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, _option("--threads", "-t", metavar="N", help="CPU threads. Default: all cores.", panel=_RUNNING)
+    int | None,
+    _option(
+        "--threads", "-t", metavar="N", help="CPU threads. Default: all cores, one for tiny models.", panel=_RUNNING
+    ),
 ]
 NoBos = Annotated[
     bool,

@@ -64,11 +64,11 @@ def _stream(session: Session, prompt: str, ids: list[int], quiet: bool) -> Gener
     notes = sys.stderr.isatty() and not quiet
     if notes:
         terminal.print_parts(session.header(), end="\n")
-    last = "\n"
+    end = "\n"  # the last two characters written
 
     def write(text: str, dim: bool = False) -> None:
-        nonlocal last
-        last = text[-1:] or last
+        nonlocal end
+        end = (end + text)[-2:]
         if is_terminal:
             text = terminal.printable(text)
         sys.stdout.write(f"\x1b[2m{text}\x1b[0m" if dim and has_colour else text)
@@ -78,9 +78,11 @@ def _stream(session: Session, prompt: str, ids: list[int], quiet: bool) -> Gener
     has_colour = is_terminal and terminal.console().color_system is not None
     write(prompt, dim=True)
     result = session.generate(ids, write)
-    if last != "\n" or result.finish_reason == "interrupted":
-        write("\n")  # after the ^C that the terminal echoes, too
+    if not end.endswith("\n") or (is_terminal and result.finish_reason == "interrupted"):
+        write("\n")  # after the ^C that a terminal echoes, too
     if notes:
+        if is_terminal and end != "\n\n":
+            write("\n")  # the figures stand apart
         terminal.print_parts(summary(session, result))
     return result
 
