@@ -222,9 +222,7 @@ class GenerationMixin:
                 f"num_return_sequences={config.num_return_sequences}"
             )
         max_new_tokens = _max_new_tokens(config, prompts, self.model.rotary.limit)
-        stopping = _Stopping(
-            config.eos_token_ids, stop_strings, tokenizer, prompts.batch_size * config.num_return_sequences
-        )
+        stopping = _Stopping(config, stop_strings, tokenizer, prompts)
         chooser = _TokenChooser(self, config, prompts, seed)
         cache = PagedKVCache(
             self.config,
@@ -368,21 +366,25 @@ class _Stopping:
 
     def __init__(
         self,
-        eos_token_ids: Sequence[int],
+        config: GenerationConfig,
         stop_strings: str | Sequence[str] | None,
         tokenizer: PersimmonTokenizer | None,
-        num_sequences: int,
+        prompts: _Prompts,
     ) -> None:
-        self._eos = frozenset(eos_token_ids)
+        self._eos = frozenset(config.eos_token_ids)
         self._strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
         if not all(isinstance(s, str) and s for s in self._strings):
             raise ValueError(f"stop_strings must be non-empty strings, got {stop_strings!r}")
+        rows = [ids for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
         self._decoders: list[StreamingDecoder] = []
         if self._strings:
             if tokenizer is None:
                 raise ValueError("stop_strings needs tokenizer=, to turn tokens into text")
-            self._decoders = [StreamingDecoder(tokenizer) for _ in range(num_sequences)]
-        self._tails = [""] * num_sequences
+            self._decoders = [StreamingDecoder(tokenizer) for _ in rows]
+            for decoder, ids in zip(self._decoders, rows, strict=True):
+                for token in ids[-1:]:  # so that a first new token keeps its leading space
+                    decoder.put(token)
+        self._tails = [""] * len(rows)
         self._keep = max((len(s) for s in self._strings), default=1) - 1
 
     def __call__(self, row: int, token: int) -> bool:

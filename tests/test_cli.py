@@ -17,7 +17,7 @@ from cli_helpers import PROMPT, edited, generated, run, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persimmon_fast import PersimmonForCausalLM, PersimmonTokenizer, cli, measure
+from persimmon_fast import SMALL_MODEL, PersimmonForCausalLM, PersimmonTokenizer, measure
 from persimmon_fast.cli import chat, doctor, session, terminal
 from persimmon_fast.cli.app import app
 
@@ -172,7 +172,7 @@ def test_json_tells_what_the_model_does(folder: Path, capsys: pytest.CaptureFixt
 
 def test_text_goes_on_from_the_prompt() -> None:
     """The space in front of the first new word is kept, and bytes of a character wait for each other."""
-    tokenizer = PersimmonTokenizer.from_pretrained(cli.SMALL_MODEL)
+    tokenizer = PersimmonTokenizer.from_pretrained(SMALL_MODEL)
     prompt, new = tokenizer.encode("import"), tokenizer.encode("os \U0001f60a", add_bos=False)
     pieces: list[str] = []
     stream = session._Stream(tokenizer, [], pieces.append)

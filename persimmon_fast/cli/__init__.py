@@ -9,9 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-SMALL_MODEL = Path(__file__).parents[1] / "assets" / "persimmon-small"  # the default of every command
 INTERRUPTED = 130  # exit status of a command that SIGINT ended: 128 + 2
 BROKEN_PIPE = 141  # of one whose reader has gone: 128 + SIGPIPE
 

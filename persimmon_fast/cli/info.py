@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persimmon_fast.cli import SMALL_MODEL, terminal
+from persimmon_fast import SMALL_MODEL
+from persimmon_fast.cli import terminal
 from persimmon_fast.cli.costs import DTYPE_BYTES, Costs, model_costs
 from persimmon_fast.cli.terminal import UsageError, bytes_text
 from persimmon_fast.config import PersimmonConfig

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from persimmon_fast.cli import SMALL_MODEL, terminal
+from persimmon_fast import SMALL_MODEL
+from persimmon_fast.cli import terminal
 from persimmon_fast.cli.costs import DTYPE_BYTES, model_costs
 from persimmon_fast.cli.terminal import UsageError
 from persimmon_fast.config import PersimmonConfig
