@@ -186,6 +186,12 @@ def test_views_of_a_packed_projection(dtype, seqlen):
     expected = packed(q.contiguous(), k.contiguous(), v.contiguous(), [seqlen], [seqlen])
     assert torch.equal(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
+    # every tensor in strides of its own
+    heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
+    wide_v = torch.zeros(seqlen, 5, 72, dtype=dtype)
+    wide_v[:, 1:4, 8:] = v
+    out = packed(q, heads_first, wide_v[:, 1:4, 8:], [seqlen], [seqlen])
+    assert torch.equal(out[0], expected[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,6 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cpu/Utils.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention_for_cpu.h>
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/logaddexp.h>
@@ -23,10 +22,8 @@ namespace persimmon_fast {
 
 inline bool use_torch_attention(const cpu::AttentionParams& p, const cpu::AttentionSequence& s) {
   constexpr int64_t kMinQueries = 128;  // at 64 the copies eat the gain
-  static const bool has_amx = at::cpu::init_amx();
-  // Below the best instruction set somebody asked for that one, by PERSIMMON_FAST_CPU_ISA or in a test.
-  return has_amx && cpu::active_isa() == cpu::Isa::kAvx512Bf16 && p.dtype == DType::kBFloat16 &&
-         s.num_queries >= kMinQueries && s.num_keys >= (p.causal ? s.num_queries : 1);
+  return cpu::active_isa() == cpu::Isa::kAmx && p.dtype == DType::kBFloat16 && s.num_queries >= kMinQueries &&
+         s.num_keys >= (p.causal ? s.num_queries : 1);
 }
 
 inline bool is_sound(const at::Tensor& out, const at::Tensor& lse) {

@@ -8,13 +8,11 @@
 //                           that the weights are read as they lie
 //   more, everything else   stream_rows in groups of 16 rows: bound by fp32 FMAs, as torch's fp32 product is
 //
-// Measured  [131072, 4096] bf16, 1 thread, CPU time. One row: 15.0 GB/s, 0.93 of the read bandwidth of the same run.
-//           lm_head_logprobs against torch's linear + log_softmax + gather: 0.78 of its time at 17 rows, 0.71 at 32,
-//           0.59 at 64, 0.58 at 128. Up to 12 rows stream_rows is faster than brgemm (8 rows: 52 against 72 ms for
-//           65,536 tokens), at 16 rows 83 against 77 ms: not worth other bits than a row has alone. Sampling on top of
-//           the product, per row of 262,144 tokens: 0.1 ms greedy, 0.3 to 0.5 ms with top-k, 0.4 with min-p, 0.6 to 0.7
-//           unfiltered, 1.3 to 1.7 with top-p alone. Sapphire-Rapids-class Xeon, torch 2.13.0+cpu, 2026-11
-#include <ATen/cpu/Utils.h>
+// Measured  [131072, 4096] bf16, 1 thread, CPU time. Reading the weights: 67 ms; 1 row 71, 8 rows 76, 16 rows 81 ms.
+//           lm_head_logprobs of more rows against torch's linear + log_softmax + gather: 17 rows 92 (152) ms, 64 rows
+//           126 (211), 128 rows 190 (338), 256 rows 401 (512). Sampling on top of the product, per row of 262,144
+//           tokens: 0.1 ms greedy, 0.3 to 0.5 with top-k, 0.4 with min-p, 0.6 to 0.7 unfiltered, 1.3 to 1.7 with top-p
+//           alone. Sapphire-Rapids-class Xeon, torch 2.13.0+cpu, 2026-11
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <torch/library.h>
@@ -61,9 +59,8 @@ at::Tensor empty_per_row(const at::Tensor& x, at::ScalarType dtype) {
 
 bool use_brgemm(const at::Tensor& x, int64_t num_rows) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  static const bool has_amx = at::cpu::init_amx();
-  return has_amx && cpu::active_isa() == cpu::Isa::kAvx512Bf16 && x.scalar_type() == at::kBFloat16 &&
-         num_rows > cpu::kMaxStreamRows && x.size(1) % 32 == 0;
+  return cpu::active_isa() == cpu::Isa::kAmx && x.scalar_type() == at::kBFloat16 && num_rows > cpu::kMaxStreamRows &&
+         x.size(1) % 32 == 0;
 #else
   return false;
 #endif
