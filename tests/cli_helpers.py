@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from persimmon_fast import PersimmonConfig, PersimmonForCausalLM, PersimmonTokenizer, cli
+from persimmon_fast import SMALL_MODEL, PersimmonConfig, PersimmonForCausalLM, PersimmonTokenizer, cli
 
 PROMPT = "def read_config(path):"
 
 
 def tiny_model(folder: Path) -> Path:
     """Saves a random model with the tokenizer that ships with the package; it samples unless told otherwise."""
-    tokenizer = PersimmonTokenizer.from_pretrained(cli.SMALL_MODEL)
+    tokenizer = PersimmonTokenizer.from_pretrained(SMALL_MODEL)
     config = PersimmonConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=64,

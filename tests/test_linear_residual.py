@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from helpers import DTYPES, ISAS, assert_within_contract, cpu_isa, randn
 
+import persimmon_fast
 from persimmon_fast import ops, reference
 
 # in_features x out_features: tails of vectors, cache lines, chunks and streams; more than one chunk and one task
@@ -139,7 +140,7 @@ def run_guarded():
 @pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect")
 def test_reads_nothing_behind_the_last_element():
     """In a process of its own, which a read too far kills."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"PYTHONPATH": str(Path(persimmon_fast.__file__).parents[1])}  # the package that is tested here
     command = [sys.executable, "-c", "import test_linear_residual; test_linear_residual.run_guarded()"]
     result = subprocess.run(command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True)
     assert result.returncode == 0, (
