@@ -127,14 +127,12 @@ class Budget:
 
 
 def plan_rounds(seconds_per_call: Mapping[str, float], budget: Budget) -> tuple[int, dict[str, Plan]]:
-    """(rounds, plan of each variant) that fit the budget. A variant that would eat more than half of it alone, as
-    the reference does on large shapes, sits out most rounds."""
+    """(rounds, plan of each variant) that fit the budget. The first variant runs in every round; one that is much
+    slower than it and would eat more than half of the budget, as the reference does on large shapes, sits out most."""
     calls = {name: max(1, math.ceil(budget.min_sample_seconds / max(t, 1e-9))) for name, t in seconds_per_call.items()}
     sample_seconds = {name: calls[name] * t for name, t in seconds_per_call.items()}
-    fastest = min(sample_seconds.values())
-    slow = {
-        name for name, t in sample_seconds.items() if t * budget.min_rounds > budget.seconds / 2 and t > 4 * fastest
-    }
+    first = next(iter(sample_seconds.values()))
+    slow = {name for name, t in sample_seconds.items() if t * budget.min_rounds > budget.seconds / 2 and t > 4 * first}
     fast_seconds = sum(t for name, t in sample_seconds.items() if name not in slow)
     rounds = min(budget.max_rounds, max(budget.min_rounds, int(budget.seconds / fast_seconds)))
     plans = {}

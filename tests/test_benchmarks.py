@@ -140,9 +140,9 @@ def test_plan_repeats_short_calls_and_lets_slow_variants_sit_out():
     assert plans["short"] == Plan(30, 1)
     assert plans["medium"] == Plan(1, 1)
     assert math.ceil(rounds / plans["slow"].stride) in (2, 3)
-    rounds, plans = plan_rounds({"a": 2.0, "b": 2.5}, budget)  # neither is slow beside the other
+    rounds, plans = plan_rounds({"ours": 2.0, "other": 2.5, "limit": 0.1}, budget)  # not slow beside the first
     assert rounds == 7
-    assert plans == {"a": Plan(1, 1), "b": Plan(1, 1)}
+    assert plans == {"ours": Plan(1, 1), "other": Plan(1, 1), "limit": Plan(1, 1)}
 
 
 def test_timer_measures_seconds_per_call():
