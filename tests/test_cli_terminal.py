@@ -17,8 +17,16 @@ import pexpect
 import pytest
 from cli_helpers import PROMPT, generated, tiny_model
 
+import persimmon_fast
+
 COMMAND = [sys.executable, "-m", "persimmon_fast"]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.fixture(autouse=True)
+def _package_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m` looks in the working folder first: the package of this process must be there, not the sources."""
+    monkeypatch.chdir(Path(persimmon_fast.__file__).parents[1])
 
 
 @pytest.fixture(scope="module")
