@@ -80,6 +80,8 @@ def spawn() -> Iterator[Any]:
             encoding="utf-8",
             codec_errors="strict",  # half a character would raise
             timeout=60,
+            # a shell's background job ignores Ctrl-C, and so would the program that its tests start
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         child.logfile_read = io.StringIO()
         children.append(child)
