@@ -441,7 +441,9 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        rows = hidden[:, kept]
+        # as a matrix: frozen weights times a slice of three dimensions would be a product with a copy of the head
+        logits = self.lm_head(rows.flatten(0, 1)).view(*rows.shape[:2], self.config.vocab_size)
         loss = None
         if labels is not None:
             if labels.shape != logits.shape[:2]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from helpers import DTYPES, FLOOR, hf_model, max_error, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from persimmon_fast import PersimmonConfig, PersimmonForCausalLM, PersimmonModel
 from persimmon_fast.kv_cache import PAGE_SIZE, PagedKVCache
@@ -153,6 +156,24 @@ def test_logits_to_keep(pair, keep):
     actual = ours(ids, logits_to_keep=keep).logits
     assert actual.shape == expected.shape
     assert max_error(actual, expected) < TOLERANCE
+
+
+def test_logits_of_the_last_token_copy_no_weight():
+    """As a slice of three dimensions, torch hands them to a batched product with a copy of the whole head where the
+    weights need no gradient."""
+
+    class Recorder(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    model = PersimmonForCausalLM(tiny_config()).eval().requires_grad_(False)
+    with Recorder() as recorder:
+        assert model(random_ids(2, 20), logits_to_keep=1).logits.shape == (2, 1, model.config.vocab_size)
+    assert "aten.mm.default" in recorder.names
+    assert "aten.bmm.default" not in recorder.names
 
 
 def test_output_access(ours):
