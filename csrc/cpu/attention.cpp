@@ -12,10 +12,10 @@
 // Numerics  q pre-scaled in fp32; scores, softmax, weights and sums in fp32, rounded once. A key that a query does
 //           not see is left out, not multiplied by zero: a NaN there cannot reach it. No keys: out 0, lse -inf
 // Measured  share of the read bandwidth of the same run (16 GB/s), 64 heads x 64, bf16, 1 thread, CPU time: one query
-//           0.87 at 2,048 keys, 0.86 at 16,384 (prefetch of the next tile only: 0.58, 0.49; heads as the outer
+//           0.83-0.89 at 2,048 and 16,384 keys (prefetch of the next tile only: 0.58, 0.49; heads as the outer
 //           loop: 0.84, 0.74); 4 queries 0.64, 8 queries 0.40, 16 queries 0.27 (bound by arithmetic). 2,048 tokens,
-//           causal: 109 GFLOP/s bf16, 103 fp16, 82 fp32. Sapphire-Rapids-class Xeon (fp32 peak at 2.6 GHz: 166),
-//           2026-11
+//           16 heads, causal: 109 GFLOP/s bf16, 103 fp16, 82 fp32. Sapphire-Rapids-class Xeon (fp32 peak at 2.6 GHz:
+//           166), 2026-11
 // Source    Dao et al. 2022, FlashAttention, arXiv:2205.14135; Milakov and Gimelshein 2018, Online normalizer
 //           calculation for softmax, arXiv:1805.02867; splits as in Flash-Decoding (Dao et al. 2023)
 #include "csrc/cpu/attention.h"

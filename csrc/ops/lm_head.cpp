@@ -11,7 +11,7 @@
 // Measured  [131072, 4096] bf16, 1 thread, CPU time. Reading the weights: 67 ms; 1 row 71, 8 rows 76, 16 rows 81 ms.
 //           lm_head_logprobs of more rows against torch's linear + log_softmax + gather: 17 rows 92 (152) ms, 64 rows
 //           126 (211), 128 rows 190 (338), 256 rows 401 (512). Sampling on top of the product, per row of 262,144
-//           tokens: 0.1 ms greedy, 0.3 to 0.5 with top-k, 0.4 with min-p, 0.6 to 0.7 unfiltered, 1.3 to 1.7 with top-p
+//           tokens: 0.1-0.4 ms greedy, 0.3-0.7 with top-k or min-p, 0.6-0.8 unfiltered, 1.3-2.0 with top-p
 //           alone. Sapphire-Rapids-class Xeon, torch 2.13.0+cpu, 2026-11
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
