@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,14 @@ from persimmon_fast import extension, reference  # noqa: F401  extension registe
 
 _FORCE_REFERENCE = os.environ.get("PERSIMMON_FAST_FORCE_REFERENCE", "0") not in ("", "0")
 MAX_HEAD_DIM = 128
+CUDA_HEAD_DIMS = (64, 128)
 _warned: set[str] = set()
+# Which kernels run: persimmon_fast, or in tests persimmon_fast_emu, the CUDA kernels on CPU tensors.
+_library = "persimmon_fast"
+
+
+def _kernel(op: str) -> Any:
+    return getattr(getattr(torch.ops, _library), op)
 
 
 def _warn_once(message: str) -> None:
@@ -43,17 +51,20 @@ def _use_kernel(op: str, *tensors: Tensor | None, head_dim: int | None = None) -
             "pure-torch reference. Use torch.no_grad() where no gradient is needed."
         )
         return False
-    if head_dim is not None and (head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM):
-        _warn_once(
-            f"persimmon_fast.{op}: head_dim {head_dim} runs the slower pure-torch reference; the kernels take "
-            f"multiples of 8 up to {MAX_HEAD_DIM}."
-        )
-        return False
     if device not in ("cpu", "meta") and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"persimmon_fast::{op}", device.upper()
+        f"{_library}::{op}", device.upper()
     ):
         _warn_once(
             f"persimmon_fast.{op} has no {device} kernel in this build: it runs the slower pure-torch reference."
+        )
+        return False
+    on_cuda = device == "cuda" or _library != "persimmon_fast"
+    if head_dim is not None and (
+        head_dim not in CUDA_HEAD_DIMS if on_cuda else head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM
+    ):
+        taken = f"{CUDA_HEAD_DIMS} on CUDA" if on_cuda else f"multiples of 8 up to {MAX_HEAD_DIM}"
+        _warn_once(
+            f"persimmon_fast.{op}: head_dim {head_dim} runs the slower pure-torch reference; the kernels take {taken}."
         )
         return False
     return True
@@ -74,7 +85,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
     """
     if not _use_kernel("layer_norm", x, weight, bias):
         return reference.layer_norm(x, weight, bias, eps)
-    out = torch.ops.persimmon_fast.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps)
+    out = _kernel("layer_norm")(x.reshape(-1, x.shape[-1]), weight, bias, eps)
     return out.view(x.shape)
 
 
@@ -85,7 +96,7 @@ def add_layer_norm(
     if not _use_kernel("add_layer_norm", x, residual, weight, bias):
         return reference.add_layer_norm(x, residual, weight, bias, eps)
     hidden_size = x.shape[-1]
-    out, total = torch.ops.persimmon_fast.add_layer_norm(
+    out, total = _kernel("add_layer_norm")(
         x.reshape(-1, hidden_size), residual.reshape(-1, hidden_size), weight, bias, eps
     )
     return out.view(x.shape), total.view(x.shape)
@@ -118,7 +129,7 @@ def qk_norm_rope(
     """
     if not _use_kernel("qk_norm_rope", q, k, q_weight, q_bias, head_dim=q.shape[-1]):
         return reference.qk_norm_rope(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
-    return torch.ops.persimmon_fast.qk_norm_rope(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
+    return _kernel("qk_norm_rope")(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
 
 
 def qk_norm_rope_(
@@ -138,7 +149,7 @@ def qk_norm_rope_(
         q.copy_(new_q)
         k.copy_(new_k)
         return
-    torch.ops.persimmon_fast.qk_norm_rope_(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
+    _kernel("qk_norm_rope_")(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps)
 
 
 def qkv_norm_rope(
@@ -169,7 +180,7 @@ def qkv_norm_rope(
         return reference.qkv_norm_rope(
             x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
         )
-    return torch.ops.persimmon_fast.qkv_norm_rope(
+    return _kernel("qkv_norm_rope")(
         x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
     )
 
@@ -207,7 +218,7 @@ def qkv_norm_rope_paged(
         )
         reference.write_paged(k, v, slot_mapping, k_cache, v_cache)
         return q
-    return torch.ops.persimmon_fast.qkv_norm_rope_paged(
+    return _kernel("qkv_norm_rope_paged")(
         x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads,
         slot_mapping, k_cache, v_cache,
     )  # fmt: skip
@@ -261,7 +272,7 @@ def flash_attention(
     if not _use_kernel("flash_attention", q, k, v, head_dim=q.shape[-1]):
         out, lse = reference.flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, causal)
     else:
-        out, lse = torch.ops.persimmon_fast.flash_attention(
+        out, lse = _kernel("flash_attention")(
             q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k, scale, causal
         )
     if batched:
@@ -303,9 +314,7 @@ def paged_attention(
         cu_seqlens_q = _uniform_cu_seqlens(q.shape[0], 1, q.device)
     if not _use_kernel("paged_attention", q, k_cache, v_cache, head_dim=q.shape[-1]):
         return reference.paged_attention(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, scale)
-    return torch.ops.persimmon_fast.paged_attention(
-        q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, scale
-    )
+    return _kernel("paged_attention")(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, scale)
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -319,9 +328,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     """
     if not _use_kernel("linear_residual", x, weight, bias, residual):
         return reference.linear_residual(x, weight, bias, residual)
-    out = torch.ops.persimmon_fast.linear_residual(
-        x.reshape(-1, x.shape[-1]), weight, bias, residual.reshape(-1, residual.shape[-1])
-    )
+    out = _kernel("linear_residual")(x.reshape(-1, x.shape[-1]), weight, bias, residual.reshape(-1, residual.shape[-1]))
     return out.view(residual.shape)
 
 
@@ -356,7 +363,7 @@ def squared_relu_mlp(
             "persimmon_fast.squared_relu_mlp: down_weight lies in [hidden_size, intermediate_size] order, so zeros "
             "cannot be skipped; lay it out once with persimmon_fast.ops.to_neuron_major(down_weight)."
         )
-    out = torch.ops.persimmon_fast.squared_relu_mlp(
+    out = _kernel("squared_relu_mlp")(
         x.reshape(-1, x.shape[-1]),
         up_weight,
         up_bias,
@@ -383,7 +390,7 @@ def lm_head_argmax(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not _use_kernel("lm_head_argmax", x, weight):
         return reference.lm_head_argmax(x, weight)
-    return torch.ops.persimmon_fast.lm_head_argmax(x, weight)
+    return _kernel("lm_head_argmax")(x, weight)
 
 
 def lm_head_sample(
@@ -419,7 +426,7 @@ def lm_head_sample(
     args = (x, weight, temperature, top_k, top_p, min_p, seeds, offsets, penalty_ids, repetition_penalty)
     if not _use_kernel("lm_head_sample", x, weight):
         return reference.lm_head_sample(*args)
-    return torch.ops.persimmon_fast.lm_head_sample(*args)
+    return _kernel("lm_head_sample")(*args)
 
 
 def lm_head_logprobs(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -432,4 +439,4 @@ def lm_head_logprobs(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     """
     if not _use_kernel("lm_head_logprobs", x, weight):
         return reference.lm_head_logprobs(x, weight, token_ids)
-    return torch.ops.persimmon_fast.lm_head_logprobs(x, weight, token_ids)
+    return _kernel("lm_head_logprobs")(x, weight, token_ids)

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import emulator
 import pytest
 import torch
 from torch import Tensor
 
-from persimmon_fast import _C
+from persimmon_fast import _C, ops
 from persimmon_fast.config import PersimmonConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -23,20 +24,27 @@ FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = _LEVELS[: _LEVELS.index(_C.best_cpu_isa()) + 1]
 
-# Every instruction set, and "cuda". Tests that take a backend run `with backend(name) as device`.
-BACKENDS = [
-    *ISAS,
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.cuda,
-            pytest.mark.skipif(
-                not (torch.cuda.is_available() and _C.cuda_archs),
-                reason="needs a CUDA device and a build with CUDA kernels",
-            ),
-        ],
-    ),
-]
+# The CUDA kernels, executed on the CPU. Emulation is slow: tests of "emu" take small shapes.
+EMU = pytest.param(
+    "emu",
+    marks=[
+        pytest.mark.emu,
+        pytest.mark.skipif(emulator.missing() is not None, reason=f"no emulator: {emulator.missing()}"),
+    ],
+)
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.cuda,
+        pytest.mark.skipif(
+            not (torch.cuda.is_available() and _C.cuda_archs),
+            reason="needs a CUDA device and a build with CUDA kernels",
+        ),
+    ],
+)
+# Every instruction set, the CUDA kernels emulated and on a GPU. Tests that take a backend run
+# `with backend(name) as device`.
+BACKENDS = [*ISAS, EMU, CUDA]
 
 
 @contextmanager
@@ -44,9 +52,26 @@ def backend(name: str) -> Iterator[str]:
     """Inside the block the kernels of `name` (one of BACKENDS) run for tensors on the device that it gives."""
     if name == "cuda":
         yield "cuda"
+    elif name == "emu":
+        with emulated():
+            yield "cpu"
     else:
         with cpu_isa(name):
             yield "cpu"
+
+
+@contextmanager
+def emulated() -> Iterator[None]:
+    """Runs `ops` on CPU tensors with the emulated CUDA kernels inside the block. Outputs start as NaN."""
+    emulator.load()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
+    ops._library = "persimmon_fast_emu"
+    try:
+        yield
+    finally:
+        ops._library = "persimmon_fast"
+        torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager

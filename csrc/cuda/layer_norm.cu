@@ -16,18 +16,17 @@
 // Requires  hidden_size > 0, rows dense (csrc/ops/layer_norm.cpp); 16-byte accesses where every row starts aligned
 // Measured  on no GPU yet
 // Source    Ba et al. 2016, Layer Normalization, arXiv:1607.06450; kernel written for this project
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "csrc/cuda/layer_norm.h"
 
 #include <algorithm>
 #include <cstdint>
 
-#include "csrc/cuda/layer_norm.h"
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/device.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
 
-constexpr int kWarpSize = 32;
 constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, and unaligned bf16 rows spilled (sm_90a)
 constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exactly
 
@@ -35,51 +34,11 @@ constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exa
 template <bool kWarpPerRow>
 constexpr int kHeldChunks = kWarpPerRow ? 4 : 2;
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float x, float& out) { out = x; }
-__device__ __forceinline__ void from_float(float x, __half& out) { out = __float2half_rn(x); }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-
-template <typename scalar_t>
-struct alignas(16) Chunk {
-  static constexpr int kSize = 16 / sizeof(scalar_t);
-  scalar_t values[kSize];
-};
-
-// The first n (at most kSize) elements at p; the rest is not defined. kAligned: p is 16-byte aligned and n is kSize.
-template <bool kAligned, typename scalar_t>
-__device__ __forceinline__ Chunk<scalar_t> load(const scalar_t* p, int n) {
-  Chunk<scalar_t> chunk;
-  if constexpr (kAligned) {
-    chunk = *reinterpret_cast<const Chunk<scalar_t>*>(p);
-  } else {
-#pragma unroll
-    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
-      if (i < n) chunk.values[i] = p[i];
-    }
-  }
-  return chunk;
-}
-
-template <bool kAligned, typename scalar_t>
-__device__ __forceinline__ void store(scalar_t* p, const Chunk<scalar_t>& chunk, int n) {
-  if constexpr (kAligned) {
-    *reinterpret_cast<Chunk<scalar_t>*>(p) = chunk;
-  } else {
-#pragma unroll
-    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
-      if (i < n) p[i] = chunk.values[i];
-    }
-  }
-}
-
-__device__ __forceinline__ float2 warp_sum(float2 value) {
+DEV float2 warp_sum(float2 value) {
 #pragma unroll
   for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-    value.x += __shfl_xor_sync(0xffffffffu, value.x, lane_mask);
-    value.y += __shfl_xor_sync(0xffffffffu, value.y, lane_mask);
+    value.x += __shfl_xor_sync(kFullMask, value.x, lane_mask);
+    value.y += __shfl_xor_sync(kFullMask, value.y, lane_mask);
   }
   return value;  // the same bits in every lane: each step adds the same two numbers in both partners
 }
@@ -87,13 +46,13 @@ __device__ __forceinline__ float2 warp_sum(float2 value) {
 // Sums of the group that shares a row, in every thread of it. s_partial: one slot per warp, used once per call, so no
 // barrier is needed before it is written.
 template <bool kWarpPerRow>
-__device__ __forceinline__ float2 group_sum(float2 value, float2* s_partial) {
+DEV float2 group_sum(float2 value, float2* s_partial) {
   value = warp_sum(value);
   if constexpr (!kWarpPerRow) {
     const int lane = threadIdx.x % kWarpSize;
     if (lane == 0) s_partial[threadIdx.x / kWarpSize] = value;
     __syncthreads();
-    value = lane < blockDim.x / kWarpSize ? s_partial[lane] : make_float2(0.0f, 0.0f);
+    value = lane < static_cast<int>(blockDim.x) / kWarpSize ? s_partial[lane] : make_float2(0.0f, 0.0f);
     value = warp_sum(value);
   }
   return value;
@@ -105,7 +64,8 @@ template <typename scalar_t, bool kWarpPerRow, bool kAligned>
 __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer_norm_kernel(LayerNormParams p) {
   constexpr int kChunk = Chunk<scalar_t>::kSize;
   constexpr int kHeld = kHeldChunks<kWarpPerRow>;
-  __shared__ float2 s_partial[2][kMaxThreads / kWarpSize];
+  constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+  STATIC_SMEM(float2, s_partial, 2 * kMaxWarps);
   const int group = kWarpPerRow ? kWarpSize : blockDim.x;
   const int rank = kWarpPerRow ? threadIdx.x % kWarpSize : threadIdx.x;
   const int64_t row = kWarpPerRow ? blockIdx.x * int64_t{kMinThreads / kWarpSize} + threadIdx.x / kWarpSize
@@ -136,14 +96,14 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer
   float2 total = make_float2(0.0f, 0.0f);
   for (int begin = 0; begin < size; begin += tile) {
     for_chunks(begin, [&](int k, int column, int n) {
-      r_row[k] = load<kAligned>(g_row + column, n);
+      r_row[k] = load_chunk<kAligned>(g_row + column, n);
       if (g_residual != nullptr) {
-        const Chunk<scalar_t> residual = load<kAligned>(g_residual + column, n);
+        const Chunk<scalar_t> residual = load_chunk<kAligned>(g_residual + column, n);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           from_float(to_float(r_row[k].values[i]) + to_float(residual.values[i]), r_row[k].values[i]);
         }
-        store<kAligned>(g_sum + column, r_row[k], n);
+        store_chunk<kAligned>(g_sum + column, r_row[k], n);
       }
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
@@ -151,14 +111,14 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer
       }
     });
   }
-  const float rough_mean = group_sum<kWarpPerRow>(total, s_partial[0]).x / size;
+  const float rough_mean = group_sum<kWarpPerRow>(total, s_partial).x / size;
   if (g_residual != nullptr) g_row = g_sum;  // what is read again: each thread reads only what it wrote
 
   // Pass 2: deviations from the rounded mean. Their own mean corrects it, their squares give the variance.
   float2 deviation = make_float2(0.0f, 0.0f);  // sum, sum of squares
   for (int begin = 0; begin < size; begin += tile) {
     for_chunks(begin, [&](int k, int column, int n) {
-      if (!held) r_row[k] = load<kAligned>(g_row + column, n);
+      if (!held) r_row[k] = load_chunk<kAligned>(g_row + column, n);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if (kAligned || i < n) {
@@ -169,35 +129,34 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer
       }
     });
   }
-  deviation = group_sum<kWarpPerRow>(deviation, s_partial[1]);
+  deviation = group_sum<kWarpPerRow>(deviation, s_partial + kMaxWarps);
   const float correction = deviation.x / size;
   const float mean = rough_mean + correction;
   const float variance = fmaf(-correction, correction, deviation.y / size);
-  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + p.eps);  // fmaxf would turn NaN into 0
+  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
+  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + p.eps);
 
   // Pass 3: the output.
   const scalar_t* g_weight = static_cast<const scalar_t*>(p.weight);
   const scalar_t* g_bias = static_cast<const scalar_t*>(p.bias);
   for (int begin = 0; begin < size; begin += tile) {
     for_chunks(begin, [&](int k, int column, int n) {
-      if (!held) r_row[k] = load<kAligned>(g_row + column, n);
-      const Chunk<scalar_t> weight = load<kAligned>(g_weight + column, n);
-      const Chunk<scalar_t> bias = load<kAligned>(g_bias + column, n);
+      if (!held) r_row[k] = load_chunk<kAligned>(g_row + column, n);
+      const Chunk<scalar_t> weight = load_chunk<kAligned>(g_weight + column, n);
+      const Chunk<scalar_t> bias = load_chunk<kAligned>(g_bias + column, n);
       Chunk<scalar_t> out;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         const float normalised = (to_float(r_row[k].values[i]) - mean) * rstd;
         from_float(fmaf(normalised, to_float(weight.values[i]), to_float(bias.values[i])), out.values[i]);
       }
-      store<kAligned>(g_out + column, out, n);
+      store_chunk<kAligned>(g_out + column, out, n);
     });
   }
 }
 
-bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 template <typename scalar_t>
-cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
+cudaError_t launch_typed(const LayerNormParams& p, cudaStream_t stream) {
   constexpr int kChunk = Chunk<scalar_t>::kSize;
   const bool aligned = p.hidden_size % kChunk == 0 && p.x_row_stride % kChunk == 0 &&
                        p.residual_row_stride % kChunk == 0 && is_aligned(p.x) && is_aligned(p.residual) &&
@@ -218,8 +177,7 @@ cudaError_t launch(const LayerNormParams& p, cudaStream_t stream) {
   const auto kernel =
       warp_per_row ? (aligned ? layer_norm_kernel<scalar_t, true, true> : layer_norm_kernel<scalar_t, true, false>)
                    : (aligned ? layer_norm_kernel<scalar_t, false, true> : layer_norm_kernel<scalar_t, false, false>);
-  kernel<<<static_cast<unsigned>(num_blocks), num_threads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch("layer_norm", kernel, static_cast<unsigned>(num_blocks), num_threads, 0, stream, p);
 }
 
 }  // namespace
@@ -228,11 +186,11 @@ cudaError_t launch_layer_norm(const LayerNormParams& params, cudaStream_t stream
   if (params.num_rows == 0) return cudaSuccess;
   switch (params.dtype) {
     case DType::kFloat32:
-      return launch<float>(params, stream);
+      return launch_typed<float>(params, stream);
     case DType::kFloat16:
-      return launch<__half>(params, stream);
+      return launch_typed<__half>(params, stream);
     case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
+      return launch_typed<__nv_bfloat16>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -1,7 +1,7 @@
 // LayerNorm over rows, optionally of a sum. See layer_norm.cu.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <driver_types.h>
 
 #include "csrc/common/layer_norm_params.h"
 

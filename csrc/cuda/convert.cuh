@@ -1,0 +1,61 @@
+// Element conversions, and 16-byte pieces of rows.
+#pragma once
+
+#include "csrc/cuda/device.cuh"
+
+namespace persimmon_fast::cuda {
+
+DEV float to_float(float x) { return x; }
+DEV float to_float(__half x) { return __half2float(x); }
+DEV float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+DEV void from_float(float x, float& out) { out = x; }
+DEV void from_float(float x, __half& out) { out = __float2half_rn(x); }
+DEV void from_float(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+
+// Two values in one register, low half first, as mma fragments hold them.
+DEV uint32_t pack2(float low, float high, __half) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+DEV uint32_t pack2(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 16 bytes of a row.
+template <typename scalar_t>
+struct alignas(16) Chunk {
+  static constexpr int kSize = 16 / sizeof(scalar_t);
+  scalar_t values[kSize];
+};
+
+// The first n (at most kSize) elements at p; the rest is not defined. kAligned: p is 16-byte aligned and n is kSize.
+template <bool kAligned, typename scalar_t>
+DEV Chunk<scalar_t> load_chunk(const scalar_t* p, int n) {
+  Chunk<scalar_t> chunk;
+  if constexpr (kAligned) {
+    chunk = *reinterpret_cast<const Chunk<scalar_t>*>(p);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
+      if (i < n) chunk.values[i] = p[i];
+    }
+  }
+  return chunk;
+}
+
+template <bool kAligned, typename scalar_t>
+DEV void store_chunk(scalar_t* p, const Chunk<scalar_t>& chunk, int n) {
+  if constexpr (kAligned) {
+    *reinterpret_cast<Chunk<scalar_t>*>(p) = chunk;
+  } else {
+#pragma unroll
+    for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
+      if (i < n) p[i] = chunk.values[i];
+    }
+  }
+}
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+}  // namespace persimmon_fast::cuda

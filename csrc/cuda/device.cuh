@@ -1,0 +1,85 @@
+// Where a kernel runs: on a GPU through nvcc, or on a CPU through csrc/emu, from the same source.
+//
+// Rules that keep both possible: assembly only in ptx.cuh, shared memory only through SMEM_CARVER (dynamic) and
+// STATIC_SMEM, launches only through launch(), one Params struct per kernel. No torch header here or below.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef PF_EMULATE
+
+#include <driver_types.h>  // cudaError_t, cudaStream_t
+
+#include "csrc/emu/ptx_on_cpu.h"
+
+#define DEV inline
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define DEV __device__ __forceinline__
+#define STATIC_SMEM(T, name, n) __shared__ T name[n]
+// Cuts the dynamic shared memory of a launch into arrays: SMEM_CARVER(smem); float* a = smem.take<float>(n, alignment);
+#define SMEM_CARVER(name)                                         \
+  extern __shared__ __align__(1024) unsigned char name##_bytes[]; \
+  persimmon_fast::cuda::SmemCarver name(name##_bytes)
+
+#endif
+
+namespace persimmon_fast::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullMask = 0xffffffffu;
+// What a block may use on every GPU from sm_80 on: sm_86 and sm_89 give the least.
+constexpr size_t kMaxSmemBytes = 99 * 1024;
+
+template <typename T>
+constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+#ifndef PF_EMULATE
+class SmemCarver {
+ public:
+  DEV explicit SmemCarver(unsigned char* base) : base_(base) {}
+
+  // `count` elements of T at the next multiple of `alignment` bytes.
+  template <typename T>
+  DEV T* take(size_t count, size_t alignment = 16) {
+    offset_ = (offset_ + alignment - 1) / alignment * alignment;
+    T* array = reinterpret_cast<T*>(base_ + offset_);
+    offset_ += count * sizeof(T);
+    return array;
+  }
+
+ private:
+  unsigned char* base_;
+  size_t offset_ = 0;
+};
+#endif
+
+// Enqueues kernel(params). name: for messages. Neither allocates nor synchronises; returns the launch's error.
+template <typename Params>
+cudaError_t launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,
+                   cudaStream_t stream, const Params& params) {
+#ifdef PF_EMULATE
+  static_cast<void>(stream);
+  emu::launch_named(name, kernel, grid, block, smem_bytes, params);  // throws on every fault that it finds
+  return cudaSuccess;
+#else
+  static_cast<void>(name);
+  if (smem_bytes > 48 * 1024) {  // beyond this a kernel must ask
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, block, smem_bytes, stream> > >(params);
+  return cudaGetLastError();
+#endif
+}
+
+}  // namespace persimmon_fast::cuda

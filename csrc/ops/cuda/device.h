@@ -1,0 +1,55 @@
+// What the op layer of the CUDA kernels needs of its device. Compiled twice: into _C, where the ops take CUDA tensors,
+// and with PF_EMULATE into persimmon_fast_emu, where they take CPU tensors and csrc/emu runs the kernels.
+#pragma once
+
+#ifdef PF_EMULATE
+
+#include <c10/util/Exception.h>
+#include <driver_types.h>
+#include <torch/library.h>
+
+#define PF_CUDA_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(persimmon_fast_emu, CPU, m)
+
+namespace persimmon_fast {
+
+struct DeviceGuard {
+  explicit DeviceGuard(c10::Device) {}
+};
+inline cudaStream_t current_stream() { return nullptr; }
+inline int num_multiprocessors() { return 8; }  // few, so that small tests give every multiprocessor several blocks
+
+}  // namespace persimmon_fast
+
+#define PF_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess, "a launch was refused")
+
+#else
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#define PF_CUDA_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(persimmon_fast, CUDA, m)
+
+namespace persimmon_fast {
+
+using DeviceGuard = c10::cuda::CUDAGuard;
+inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+// Of the current device; asked once per device.
+inline int num_multiprocessors() {
+  constexpr int kMaxDevices = 64;
+  static int counts[kMaxDevices] = {};
+  const int device = c10::cuda::current_device();
+  TORCH_CHECK(device < kMaxDevices, "persimmon_fast takes at most ", kMaxDevices, " CUDA devices");
+  if (counts[device] == 0) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device));
+  }
+  return counts[device];
+}
+
+}  // namespace persimmon_fast
+
+#define PF_CUDA_CHECK(call) C10_CUDA_CHECK(call)
+
+#endif

@@ -1,0 +1,162 @@
+"""Builds and loads persimmon_fast_emu: the CUDA kernels, executed on the CPU (csrc/emu, docs/emulator.md).
+
+Three variants of one library: `plain`; `asan`, for out-of-bounds accesses and reads of data in flight; `tsan`, for data
+races. A process loads one of them: the environment variable PF_EMU_VARIANT names it (default: plain), and the
+sanitizers' run-time library must be preloaded, which `sanitizer_environment` does. Needs g++ and the headers of the
+CUDA toolkit; no GPU and no nvcc.
+
+    python tests/emulator.py [variant ...]      builds them ahead of the tests
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = {
+    "plain": ["-O2", "-ftrivial-auto-var-init=pattern"],
+    "asan": [
+        "-O1", "-g", "-ftrivial-auto-var-init=pattern", "-fsanitize=address,undefined", "-fsanitize-recover=address",
+        "-fno-sanitize=vptr",
+    ],
+    "tsan": ["-O1", "-g", "-fsanitize=thread", "-Wno-tsan"],
+}  # fmt: skip
+COMMON = [
+    "-std=c++20",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-fno-strict-aliasing",
+    "-fvisibility=hidden",
+    "-DPF_EMULATE",
+]
+LINK = {"plain": ["-Wl,-z,defs"], "asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+_lock = threading.Lock()
+
+
+def variant() -> str:
+    return os.environ.get("PF_EMU_VARIANT", "plain")
+
+
+def cuda_include() -> Path | None:
+    """The folder of cuda_fp16.h."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    homes += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    return next((Path(h, "include") for h in homes if h and Path(h, "include", "cuda_fp16.h").exists()), None)
+
+
+def missing() -> str | None:
+    """Why the emulated kernels cannot be built here, or None."""
+    if shutil.which("g++") is None:
+        return "g++ was not found"
+    if cuda_include() is None:
+        return "CUDA's headers were not found (looked for cuda_fp16.h in CUDA_HOME, CUDA_PATH, /usr/local/cuda)"
+    return None
+
+
+class _Step(NamedTuple):
+    output: Path
+    command: list[str]
+    inputs: list[Path]  # beyond those of the dependency file
+
+
+def _is_fresh(step: _Step) -> bool:
+    """Whether the output is newer than everything that it was made of, by the same command."""
+    stamp = step.output.with_suffix(".command")
+    if not step.output.exists() or not stamp.exists() or stamp.read_text() != shlex.join(step.command):
+        return False
+    inputs = list(step.inputs)
+    dependencies = step.output.with_suffix(".d")
+    if dependencies.exists():
+        listed = dependencies.read_text().replace("\\\n", " ").partition(": ")[2].split()
+        inputs += [Path(path) for path in listed if path.startswith(str(ROOT))]
+    made = step.output.stat().st_mtime_ns
+    return all(path.exists() and path.stat().st_mtime_ns <= made for path in inputs)
+
+
+def _run(step: _Step) -> None:
+    if _is_fresh(step):
+        return
+    step.output.parent.mkdir(parents=True, exist_ok=True)
+    result = subprocess.run(step.command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{shlex.join(step.command)}\n{result.stderr[:8000]}")
+    if result.stderr:
+        print(result.stderr, file=sys.stderr)
+    step.output.with_suffix(".command").write_text(shlex.join(step.command))
+
+
+def _compile_step(source: Path, output: Path, flags: list[str], root: Path = ROOT) -> _Step:
+    torch_include = Path(torch.__file__).parent / "include"
+    include = [f"-I{root}", f"-I{ROOT}", "-isystem", str(cuda_include())]
+    if source.suffix == ".cpp":
+        include += ["-isystem", str(torch_include), "-isystem", str(torch_include / "torch/csrc/api/include")]
+    launcher = [path] if (path := shutil.which("ccache")) else []
+    command = [*launcher, "g++", "-x", "c++", *COMMON, *flags, *include, "-MMD", "-MF", str(output.with_suffix(".d"))]
+    return _Step(output, [*command, "-c", str(source), "-o", str(output)], [source])
+
+
+def build(name: str, *, root: Path = ROOT, folder: Path | None = None) -> Path:
+    """Builds a variant, what changed of it, and returns the library.
+
+    root: a copy of the sources whose csrc/cuda/*.cu and *.cuh are compiled in place of the checkout's.
+    """
+    base = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-torch{torch.__version__}"
+    folder = folder or base
+    flags = VARIANTS[name]
+    # The op layer is not instrumented, so its objects are shared by the variants.
+    ops = [
+        _compile_step(source, base / "ops" / f"{source.stem}.o", ["-O1"])
+        for source in sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))
+    ]
+    kernels = [
+        _compile_step(source, folder / name / f"{source.stem}.o", flags, root)
+        for source in [*sorted((root / "csrc/cuda").glob("*.cu")), ROOT / "csrc/emu/library.cpp"]
+    ]
+    with _lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_run, [*ops, *kernels]))
+        library = folder / f"persimmon_fast_emu_{name}.so"
+        objects = [step.output for step in [*ops, *kernels]]
+        torch_lib = Path(torch.__file__).parent / "lib"
+        libraries = [str(torch_lib / f"lib{lib}.so") for lib in ("torch", "torch_cpu", "c10")]
+        command = ["g++", "-shared", *LINK[name], *map(str, objects), *libraries, f"-Wl,-rpath,{torch_lib}"]
+        _run(_Step(library, [*command, "-o", str(library)], objects))
+    return library
+
+
+def sanitizer_environment(name: str) -> dict[str, str]:
+    """What a process that loads the variant needs in its environment."""
+    if name == "plain":
+        return {"PF_EMU_VARIANT": name}
+    runtime = subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+    return {
+        "PF_EMU_VARIANT": name,
+        "LD_PRELOAD": runtime,
+        "OMP_NUM_THREADS": "1",  # libgomp is not instrumented: its threads would be reported
+        "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "report_signal_unsafe=0",
+    }
+
+
+@functools.cache
+def load() -> None:
+    """Registers torch.ops.persimmon_fast_emu in this process."""
+    torch.ops.load_library(build(variant()))
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or VARIANTS:
+        print(build(wanted))
