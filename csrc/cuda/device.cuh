@@ -77,8 +77,8 @@ cudaError_t launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 blo
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, smem_bytes, stream> > >(params);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(kernel, grid, block, arguments, smem_bytes, stream);
 #endif
 }
 
