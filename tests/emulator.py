@@ -6,6 +6,8 @@ sanitizers' run-time library must be preloaded, which `sanitizer_environment` do
 CUDA toolkit; no GPU and no nvcc.
 
     python tests/emulator.py [variant ...]      builds them ahead of the tests
+
+PF_EMU_LIBRARY names a library that was built before.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ COMMON = [
     "-DPF_EMULATE",
 ]
 LINK = {"plain": ["-Wl,-z,defs"], "asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+FOLDER = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-torch{torch.__version__}"
 _lock = threading.Lock()
 
 
@@ -99,9 +102,9 @@ def _run(step: _Step) -> None:
     step.output.with_suffix(".command").write_text(shlex.join(step.command))
 
 
-def _compile_step(source: Path, output: Path, flags: list[str], root: Path = ROOT) -> _Step:
+def _compile_step(source: Path, output: Path, flags: list[str], overlay: Path | None = None) -> _Step:
     torch_include = Path(torch.__file__).parent / "include"
-    include = [f"-I{root}", f"-I{ROOT}", "-isystem", str(cuda_include())]
+    include = [*([f"-I{overlay}"] if overlay else []), f"-I{ROOT}", "-isystem", str(cuda_include())]
     if source.suffix == ".cpp":
         include += ["-isystem", str(torch_include), "-isystem", str(torch_include / "torch/csrc/api/include")]
     launcher = [path] if (path := shutil.which("ccache")) else []
@@ -109,27 +112,28 @@ def _compile_step(source: Path, output: Path, flags: list[str], root: Path = ROO
     return _Step(output, [*command, "-c", str(source), "-o", str(output)], [source])
 
 
-def build(name: str, *, root: Path = ROOT, folder: Path | None = None) -> Path:
+def build(name: str, *, overlay: Path | None = None, changed: str = "", folder: Path = FOLDER) -> Path:
     """Builds a variant, what changed of it, and returns the library.
 
-    root: a copy of the sources whose csrc/cuda/*.cu and *.cuh are compiled in place of the checkout's.
+    overlay: a folder of sources that take the place of the checkout's files of the same path; then only the kernel file
+    csrc/cuda/<changed>.cu is compiled with them, into `folder`, and linked with the checkout's other objects.
     """
-    base = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-torch{torch.__version__}"
-    folder = folder or base
-    flags = VARIANTS[name]
     # The op layer is not instrumented, so its objects are shared by the variants.
-    ops = [
-        _compile_step(source, base / "ops" / f"{source.stem}.o", ["-O1"])
+    steps = [
+        _compile_step(source, FOLDER / "ops" / f"{source.stem}.o", ["-O1"])
         for source in sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))
     ]
-    kernels = [
-        _compile_step(source, folder / name / f"{source.stem}.o", flags, root)
-        for source in [*sorted((root / "csrc/cuda").glob("*.cu")), ROOT / "csrc/emu/library.cpp"]
-    ]
+    for source in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/emu/library.cpp"]:
+        if overlay and source.stem == changed:
+            replaced = overlay / source.relative_to(ROOT)
+            output = folder / name / f"{source.stem}.o"
+            steps.append(_compile_step(replaced if replaced.exists() else source, output, VARIANTS[name], overlay))
+        else:
+            steps.append(_compile_step(source, FOLDER / name / f"{source.stem}.o", VARIANTS[name]))
     with _lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(_run, [*ops, *kernels]))
+        list(pool.map(_run, steps))
         library = folder / f"persimmon_fast_emu_{name}.so"
-        objects = [step.output for step in [*ops, *kernels]]
+        objects = [step.output for step in steps]
         torch_lib = Path(torch.__file__).parent / "lib"
         libraries = [str(torch_lib / f"lib{lib}.so") for lib in ("torch", "torch_cpu", "c10")]
         command = ["g++", "-shared", *LINK[name], *map(str, objects), *libraries, f"-Wl,-rpath,{torch_lib}"]
@@ -153,8 +157,8 @@ def sanitizer_environment(name: str) -> dict[str, str]:
 
 @functools.cache
 def load() -> None:
-    """Registers torch.ops.persimmon_fast_emu in this process."""
-    torch.ops.load_library(build(variant()))
+    """Registers torch.ops.persimmon_fast_emu in this process: the library PF_EMU_LIBRARY, else the checkout's."""
+    torch.ops.load_library(os.environ.get("PF_EMU_LIBRARY") or build(variant()))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ void normalise_row(const T* x, const T* weight, const T* bias, T* out, int64_t n
   if (c < n) sum = sum + load_n(x + c, n - c);
   const float rough_mean = reduce_add(sum) / n;
 
-  // Deviations from the rounded mean: their own mean corrects it, their squares give the variance.
+  // Deviations from the rounded mean: their own mean, its rounding error, is taken off
+  // below; their squares give the variance.
   Vec deviations = Vec::zero();
   Vec squares = Vec::zero();
   for (c = 0; c + Vec::kWidth <= n; c += Vec::kWidth) {
@@ -47,11 +48,13 @@ void normalise_row(const T* x, const T* weight, const T* bias, T* out, int64_t n
     square += d * d;
   }
   const float correction = deviation / n;
-  const float mean = rough_mean + correction;
   const float variance = std::max(square / n - correction * correction, 0.0f);  // in this order NaN stays NaN
-  const float rstd = 1.0f / std::sqrt(variance + eps);
+  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide
+  const float rstd = 1.0f / std::sqrt(variance + (variance - variance) + eps);
 
-  const auto affine = [&](Vec value, Vec w, Vec b) { return fma((value - Vec::set1(mean)) * Vec::set1(rstd), w, b); };
+  const auto affine = [&](Vec value, Vec w, Vec b) {
+    return fma((value - Vec::set1(rough_mean) - Vec::set1(correction)) * Vec::set1(rstd), w, b);
+  };
   for (c = 0; c + Vec::kWidth <= n; c += Vec::kWidth) {
     store(out + c, affine(load(x + c), load(weight + c), load(bias + c)));
   }

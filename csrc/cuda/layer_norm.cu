@@ -10,7 +10,8 @@
 // 56,
 //           warp 64; 80. Aligned fp32: block 40; 40, warp 48; 48. Unaligned bf16: block 66; 74, warp 71; 96.
 //           256 B shared in the block kernel, none in the warp kernel
-// Numerics  fp32 two-pass statistics with a corrected mean: no cancellation for rows whose mean is far from zero. The
+// Numerics  fp32 two-pass statistics; the rounding error of the mean is measured and taken off the deviations, so rows
+//           whose mean is far from zero lose nothing. The
 //           sum is rounded to the dtype before it is normalised. Which thread adds what depends on hidden_size and
 //           dtype alone: the bits of a row change neither with num_rows nor with alignment or strides
 // Requires  hidden_size > 0, rows dense (csrc/ops/layer_norm.cpp); 16-byte accesses where every row starts aligned
@@ -131,7 +132,6 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer
   }
   deviation = group_sum<kWarpPerRow>(deviation, s_partial + kMaxWarps);
   const float correction = deviation.x / size;
-  const float mean = rough_mean + correction;
   const float variance = fmaf(-correction, correction, deviation.y / size);
   // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
   const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + p.eps);
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer
       Chunk<scalar_t> out;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float normalised = (to_float(r_row[k].values[i]) - mean) * rstd;
+        const float normalised = ((to_float(r_row[k].values[i]) - rough_mean) - correction) * rstd;
         from_float(fmaf(normalised, to_float(weight.values[i]), to_float(bias.values[i])), out.values[i]);
       }
       store_chunk<kAligned>(g_out + column, out, n);

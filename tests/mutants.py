@@ -1,0 +1,114 @@
+"""Seeded bugs in the CUDA kernels, each of which the emulated tests must find: a test of the tests.
+
+    python tests/mutants.py [part of a name ...]     tries all of them, or those named; exit status 1 if one survives
+
+A mutant is one edit of one source. Its kernel file is compiled with the edit, linked with the other objects, and the
+tests marked `emu` and `sanitize` of its family run against it: under a reverse schedule with late copies, then, while
+nothing was found, under ThreadSanitizer with all blocks resident, then under AddressSanitizer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import emulator
+
+ROOT = emulator.ROOT
+FAMILIES = ["layer_norm"]
+RUNS = {
+    "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
+    "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once
+    "asan": ("asan", {"PF_EMU_ASYNC": "late"}),
+}
+TIMEOUT_S = 300  # an endless loop is found too
+
+
+class Mutant(NamedTuple):
+    """What is wrong, and the edit: `old` occurs once in `file` and becomes `new`."""
+
+    what: str
+    old: str
+    new: str
+    file: str = ""  # "": csrc/cuda/<family>.cu
+    tests: str = ""  # the family's test file, "": tests/test_<family>.py
+
+
+def mutants(family: str) -> list[Mutant]:
+    return importlib.import_module(f"mutations.{family}").MUTANTS
+
+
+def all_names() -> list[str]:
+    """family/number of every mutant."""
+    return [f"{family}/{number}" for family in FAMILIES for number in range(len(mutants(family)))]
+
+
+def lookup(name: str) -> tuple[str, Mutant]:
+    family, _, number = name.partition("/")
+    return family, mutants(family)[int(number)]
+
+
+def write_overlay(name: str) -> Path:
+    """A folder that holds the edited file at its place."""
+    family, mutant = lookup(name)
+    file = mutant.file or f"csrc/cuda/{family}.cu"
+    source = (ROOT / file).read_text()
+    if source.count(mutant.old) != 1:
+        raise ValueError(
+            f"mutant {name} ({mutant.what}): {file} holds {source.count(mutant.old)} of {mutant.old!r}, not 1"
+        )
+    overlay = emulator.FOLDER / "mutants" / name
+    path = overlay / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    edited = source.replace(mutant.old, mutant.new)
+    if not path.exists() or path.read_text() != edited:
+        path.write_text(edited)
+    return overlay
+
+
+def run_tests(library: Path, variant: str, settings: dict[str, str], tests: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "emu and sanitize", "-p", "no:cacheprovider", tests],
+        cwd=ROOT,
+        env=os.environ | emulator.sanitizer_environment(variant) | settings | {"PF_EMU_LIBRARY": str(library)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT_S,
+    )  # fmt: skip
+
+
+def found_by(name: str) -> tuple[str, str] | None:
+    """The run that finds the mutant and what it printed; None when it survives."""
+    family, mutant = lookup(name)
+    overlay = write_overlay(name)
+    for run, (variant, settings) in RUNS.items():
+        library = emulator.build(variant, overlay=overlay, changed=family, folder=overlay)
+        try:
+            result = run_tests(library, variant, settings, f"tests/{mutant.tests or f'test_{family}.py'}")
+        except subprocess.TimeoutExpired:
+            return run, f"did not end in {TIMEOUT_S} s"
+        if result.returncode in (2, 3, 4, 5):  # pytest's own errors
+            raise RuntimeError(f"mutant {name}: pytest could not run\n{result.stdout[-4000:]}")
+        if result.returncode != 0:
+            return run, result.stdout
+    return None
+
+
+def main(parts: list[str]) -> int:
+    names = [name for name in all_names() if not parts or any(part in name for part in parts)]
+    survivors = []
+    for name in names:
+        found = found_by(name)
+        reason = next((line for line in (found[1] if found else "").splitlines() if line.startswith("E  ")), "")
+        print(f"{name:28s} {found[0] if found else 'SURVIVES':9s} {lookup(name)[1].what}  {reason[:120]}", flush=True)
+        if not found:
+            survivors.append(name)
+    print(f"{len(names) - len(survivors)} of {len(names)} found")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Tables of seeded bugs, one module per kernel family. See mutants.py."""
