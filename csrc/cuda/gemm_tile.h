@@ -1,0 +1,41 @@
+// Which output tile a matrix product uses: pure functions, tested without a GPU.
+#pragma once
+
+#include <cstdint>
+
+namespace persimmon_fast::cuda {
+
+// Large: 128 x 128. Small: 64 rows x 64 columns, or x 128 where an epilogue needs whole heads of 128.
+enum class GemmTile { kLarge, kSmall };
+
+constexpr int64_t num_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// The tile of less predicted time: (tiles that the busiest multiprocessor computes) x (area of a tile), and half as
+// much again for a small one, which reads more shared memory per multiplication (docs/kernels/gemm.md). The sum over k
+// has the same order in both, so the choice changes no bit.
+constexpr GemmTile choose_gemm_tile(int64_t m, int64_t n, int num_multiprocessors, int small_block_n = 64) {
+  const int64_t large = num_tiles(num_tiles(m, 128) * num_tiles(n, 128), num_multiprocessors);
+  const int64_t small = num_tiles(num_tiles(m, 64) * num_tiles(n, small_block_n), num_multiprocessors);
+  return 2 * large * (128 * 128) <= 3 * small * (64 * small_block_n) ? GemmTile::kLarge : GemmTile::kSmall;
+}
+
+struct TileIndex {
+  int64_t m, n;
+};
+
+// Which tile block number `index` computes. Blocks that run at the same time should share operands in L2: they go down
+// a group of kGroup row tiles before they go to the next column tile.
+//
+//   kGroup = 2:   0 2 4 6      rows of A: one group at a time
+//                 1 3 5 7      columns of B: once per group
+//                 8 . .
+constexpr TileIndex tile_of_block(int64_t index, int64_t tiles_m, int64_t tiles_n) {
+  constexpr int64_t kGroup = 16;  // a wave of 216 (A100) or 264 (H100) large tiles is then about square
+  const int64_t group = index / (kGroup * tiles_n);
+  const int64_t in_group = index % (kGroup * tiles_n);
+  const int64_t first = group * kGroup;
+  const int64_t height = tiles_m - first < kGroup ? tiles_m - first : kGroup;
+  return {first + in_group % height, in_group / height};
+}
+
+}  // namespace persimmon_fast::cuda
