@@ -19,7 +19,7 @@ from typing import NamedTuple
 import emulator
 
 ROOT = emulator.ROOT
-FAMILIES = ["layer_norm"]
+FAMILIES = ["layer_norm", "qk_norm_rope"]
 RUNS = {
     "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
     "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "csrc/cpu/qk_norm_rope.h"
+#include "csrc/common/norm_rope_params.h"
 #include "csrc/cpu/vec.h"
 
 namespace persimmon_fast::cpu::PF_ISA {

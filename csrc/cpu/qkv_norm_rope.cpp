@@ -28,15 +28,15 @@ void finish_head(const QkvNormRopeParams& p, int64_t token, int64_t h, const Sou
   };
   load_head(0);
   norm_rope_head(head, p.head, p.head.q_norm, token, h,
-                 static_cast<T*>(p.q) + (token * p.head.num_heads + h) * head_dim);
-  const int64_t slot = p.slot_mapping != nullptr ? p.slot_mapping[token] : token;
+                 static_cast<T*>(p.out.q) + (token * p.head.num_heads + h) * head_dim);
+  const int64_t slot = p.out.slot_mapping != nullptr ? p.out.slot_mapping[token] : token;
   if (slot < 0) return;
-  const int64_t page = slot / p.page_size;
-  const int64_t cache_row = (page * p.head.num_heads + h) * p.page_size + slot % p.page_size;
+  const int64_t page = slot / p.out.page_size;
+  const int64_t cache_row = (page * p.head.num_heads + h) * p.out.page_size + slot % p.out.page_size;
   load_head(1);
-  norm_rope_head(head, p.head, p.head.k_norm, token, h, static_cast<T*>(p.k) + cache_row * head_dim);
+  norm_rope_head(head, p.head, p.head.k_norm, token, h, static_cast<T*>(p.out.k) + cache_row * head_dim);
   load_head(2);
-  T* v = static_cast<T*>(p.v) + cache_row * head_dim;
+  T* v = static_cast<T*>(p.out.v) + cache_row * head_dim;
   for (int64_t c = 0; c < head_dim; c += Vec::kWidth) {
     store_part(v + c, load_part(head + c, head_dim - c), head_dim - c);
   }

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "csrc/cpu/qk_norm_rope.h"
+#include "csrc/common/norm_rope_params.h"
 #include "csrc/ops/checks.h"
 
 namespace persimmon_fast {
@@ -32,8 +32,8 @@ inline void check_head_norm(const char* op, const char* name, const OptionalTens
 // like: the tensor that decides dtype and device.
 inline void check_norm_rope(const char* op, const NormRopeArgs& a, const char* like_name, const at::Tensor& like,
                             const c10::SymInt& num_tokens, const c10::SymInt& num_heads, const c10::SymInt& head_dim) {
-  TORCH_CHECK_VALUE(head_dim > 0 && head_dim <= cpu::kMaxHeadDim, op, ": head_dim must be 1 .. ", cpu::kMaxHeadDim,
-                    ", got ", head_dim);
+  TORCH_CHECK_VALUE(head_dim > 0 && head_dim <= kMaxHeadDim, op, ": head_dim must be 1 .. ", kMaxHeadDim, ", got ",
+                    head_dim);
   const bool norm = a.q_weight.has_value();
   TORCH_CHECK_VALUE(
       a.q_bias.has_value() == norm && a.k_weight.has_value() == norm && a.k_bias.has_value() == norm, op,
@@ -64,6 +64,10 @@ inline void check_norm_rope(const char* op, const NormRopeArgs& a, const char* l
   check_dense_rows(op, "position_ids", a.position_ids);
 }
 
+inline void check_head_dim_cuda(const char* op, int64_t head_dim) {
+  TORCH_CHECK_VALUE(head_dim == 64 || head_dim == 128, op, ": head_dim must be 64 or 128 on CUDA, got ", head_dim);
+}
+
 // Reads values: for CPU tensors.
 inline void check_positions_cpu(const char* op, const NormRopeArgs& a) {
   const int64_t num_positions = a.cos_sin.size(0);
@@ -74,18 +78,19 @@ inline void check_positions_cpu(const char* op, const NormRopeArgs& a) {
   }
 }
 
-inline cpu::HeadNorm head_norm(const OptionalTensor& weight, const OptionalTensor& bias) {
+inline HeadNorm head_norm(const OptionalTensor& weight, const OptionalTensor& bias) {
   const bool per_head = weight.has_value() && weight->dim() == 2;
   return {data_or_null(weight), data_or_null(bias), per_head ? weight->size(1) : 0};
 }
 
-inline cpu::NormRopeParams norm_rope_params(const NormRopeArgs& a, int64_t num_heads, int64_t head_dim, DType dtype) {
-  cpu::NormRopeParams p{};
+inline NormRopeParams norm_rope_params(const NormRopeArgs& a, int64_t num_heads, int64_t head_dim, DType dtype) {
+  NormRopeParams p{};
   p.q_norm = head_norm(a.q_weight, a.q_bias);
   p.k_norm = head_norm(a.k_weight, a.k_bias);
   p.cos_sin = a.cos_sin.const_data_ptr<float>();
   p.position_ids = a.position_ids.const_data_ptr<int64_t>();
   p.cos_sin_row_stride = a.cos_sin.stride(0);
+  p.num_tokens = a.position_ids.size(0);
   p.num_heads = num_heads;
   p.head_dim = head_dim;
   p.rotary_dim = a.cos_sin.size(1);

@@ -1,0 +1,211 @@
+// LayerNorm and rotary embedding of one head in registers: what qk_norm_rope and the epilogue of qkv_norm_rope share.
+//
+// A head is held by kLanes neighbouring lanes. A lane holds pairs of vectors of kVec columns, and columns that rotate
+// with each other lie in one pair: the rotation exchanges nothing, the statistics are two butterflies over kLanes.
+// Columns from rotary_dim on are paired among themselves. head_dim 64, rotary_dim 32, kVec 8 (16 bytes of a 16-bit
+// type):
+//
+//     lane             0        1        2        3
+//     first vector   0 ..  7  8 .. 15 32 .. 39 40 .. 47
+//     second vector 16 .. 23 24 .. 31 48 .. 55 56 .. 63
+//                   |--- rotated ----|-- passed through --|
+//
+// kVec must divide rotary_dim / 2; kVec = 1 serves every other rotary_dim.
+//
+// Numerics  fp32; variance from deviations, with a corrected mean. The order of additions depends on head_dim, kVec and
+//           rotary_dim alone
+#pragma once
+
+#include "csrc/common/norm_rope_params.h"
+#include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/device.cuh"
+
+namespace persimmon_fast::cuda {
+
+template <int kHeadDim, int kVec>
+struct HeadLayout {
+  static constexpr int kNumPairs = kHeadDim / 2 / kVec;                         // of a head
+  static constexpr int kLanes = kNumPairs < kWarpSize ? kNumPairs : kWarpSize;  // that share a head
+  static constexpr int kPairs = kNumPairs / kLanes;                             // of a lane
+  static_assert(kHeadDim % (2 * kVec) == 0 && kNumPairs % kLanes == 0 && kWarpSize % kLanes == 0);
+
+  // Where the vectors of pair `i` of this lane begin.
+  DEV static int2 columns(int i, int half_rotary_dim) {
+    const int column = (i * kLanes + static_cast<int>(threadIdx.x) % kLanes) * kVec;
+    return column < half_rotary_dim ? make_int2(column, column + half_rotary_dim)
+                                    : make_int2(column + half_rotary_dim, column + kHeadDim / 2);
+  }
+};
+
+// What a lane holds of a head.
+template <int kHeadDim, int kVec>
+struct HeadValues {
+  float first[HeadLayout<kHeadDim, kVec>::kPairs][kVec];
+  float second[HeadLayout<kHeadDim, kVec>::kPairs][kVec];
+};
+
+// kVec elements at p. kAligned: kVec is whole chunks and p 16-byte aligned.
+template <bool kAligned, int kVec, typename scalar_t>
+DEV void load_vector(const scalar_t* p, float (&out)[kVec]) {
+  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
+  static_assert(kVec % kStep == 0);
+#pragma unroll
+  for (int begin = 0; begin < kVec; begin += kStep) {
+    const Chunk<scalar_t> chunk = load_chunk<kAligned>(p + begin, kStep);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) out[begin + i] = to_float(chunk.values[i]);
+  }
+}
+
+template <bool kAligned, int kVec, typename scalar_t>
+DEV void store_vector(scalar_t* p, const float (&values)[kVec]) {
+  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
+  static_assert(kVec % kStep == 0);
+#pragma unroll
+  for (int begin = 0; begin < kVec; begin += kStep) {
+    Chunk<scalar_t> chunk;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) from_float(values[begin + i], chunk.values[i]);
+    store_chunk<kAligned>(p + begin, chunk, kStep);
+  }
+}
+
+template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
+DEV void load_head(const scalar_t* head, int half_rotary_dim, HeadValues<kHeadDim, kVec>& values) {
+  using Layout = HeadLayout<kHeadDim, kVec>;
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+    const int2 column = Layout::columns(i, half_rotary_dim);
+    load_vector<kAligned>(head + column.x, values.first[i]);
+    load_vector<kAligned>(head + column.y, values.second[i]);
+  }
+}
+
+template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
+DEV void store_head(scalar_t* head, int half_rotary_dim, const HeadValues<kHeadDim, kVec>& values) {
+  using Layout = HeadLayout<kHeadDim, kVec>;
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+    const int2 column = Layout::columns(i, half_rotary_dim);
+    store_vector<kAligned>(head + column.x, values.first[i]);
+    store_vector<kAligned>(head + column.y, values.second[i]);
+  }
+}
+
+template <int kHeadDim, int kVec>
+DEV void add(HeadValues<kHeadDim, kVec>& values, const HeadValues<kHeadDim, kVec>& addend) {
+#pragma unroll
+  for (int i = 0; i < HeadLayout<kHeadDim, kVec>::kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      values.first[i][j] += addend.first[i][j];
+      values.second[i][j] += addend.second[i][j];
+    }
+  }
+}
+
+// Sum over the lanes of a head, the same bits in each of them.
+template <int kLanes>
+DEV float head_sum(float value) {
+#pragma unroll
+  for (int lane_mask = kLanes / 2; lane_mask > 0; lane_mask /= 2) {
+    value += __shfl_xor_sync(kFullMask, value, lane_mask);
+  }
+  return value;
+}
+
+// values = (values - mean) * rstd * weight + bias. weight, bias: [kHeadDim] of this head. Every lane of the warp calls.
+template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
+DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, const scalar_t* bias, float eps,
+                   int half_rotary_dim) {
+  using Layout = HeadLayout<kHeadDim, kVec>;
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) total += values.first[i][j] + values.second[i][j];
+  }
+  const float rough_mean = head_sum<Layout::kLanes>(total) / kHeadDim;
+  float deviation = 0.0f;
+  float square = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      values.first[i][j] -= rough_mean;
+      values.second[i][j] -= rough_mean;
+      deviation += values.first[i][j] + values.second[i][j];
+      square = fmaf(values.first[i][j], values.first[i][j], square);
+      square = fmaf(values.second[i][j], values.second[i][j], square);
+    }
+  }
+  // The deviations' own mean corrects the rounded one, as in layer_norm.
+  const float correction = head_sum<Layout::kLanes>(deviation) / kHeadDim;
+  const float variance = fmaf(-correction, correction, head_sum<Layout::kLanes>(square) / kHeadDim);
+  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
+  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + eps);
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+    const int2 column = Layout::columns(i, half_rotary_dim);
+    const auto scale = [&](int begin, float (&part)[kVec]) {
+      float w[kVec];
+      float b[kVec];
+      load_vector<kAligned>(weight + begin, w);
+      load_vector<kAligned>(bias + begin, b);
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) part[j] = fmaf((part[j] - correction) * rstd, w[j], b[j]);
+    };
+    scale(column.x, values.first[i]);
+    scale(column.y, values.second[i]);
+  }
+}
+
+// cos_sin: the row of the head's position, half_rotary_dim cosines, then as many sines.
+template <bool kAligned, int kHeadDim, int kVec>
+DEV void rope_head(HeadValues<kHeadDim, kVec>& values, const float* cos_sin, int half_rotary_dim) {
+  using Layout = HeadLayout<kHeadDim, kVec>;
+#pragma unroll
+  for (int i = 0; i < Layout::kPairs; ++i) {
+    const int column = Layout::columns(i, half_rotary_dim).x;
+    if (column >= half_rotary_dim) continue;
+    float cos[kVec];
+    float sin[kVec];
+    load_vector<kAligned>(cos_sin + column, cos);
+    load_vector<kAligned>(cos_sin + half_rotary_dim + column, sin);
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      const float first = values.first[i][j];
+      const float second = values.second[i][j];
+      values.first[i][j] = fmaf(first, cos[j], -(second * sin[j]));
+      values.second[i][j] = fmaf(second, cos[j], first * sin[j]);
+    }
+  }
+}
+
+// LayerNorm with `norm` where it has a weight, then rotary at position_ids[token]. Every lane of the warp calls.
+template <typename scalar_t, bool kAligned, int kHeadDim, int kVec>
+DEV void norm_rope_head(HeadValues<kHeadDim, kVec>& values, const NormRopeParams& p, const HeadNorm& norm,
+                        int64_t token, int64_t head_idx) {
+  const int half_rotary_dim = static_cast<int>(p.rotary_dim) / 2;
+  const float* cos_sin = p.cos_sin + p.position_ids[token] * p.cos_sin_row_stride;
+  if (norm.weight != nullptr) {
+    const int64_t offset = head_idx * norm.head_stride;
+    norm_head<kAligned>(values, static_cast<const scalar_t*>(norm.weight) + offset,
+                        static_cast<const scalar_t*>(norm.bias) + offset, p.eps, half_rotary_dim);
+  }
+  rope_head<kAligned>(values, cos_sin, half_rotary_dim);
+}
+
+// Whether vectors of 16 bytes divide half of rotary_dim.
+template <typename scalar_t>
+bool has_whole_vectors(const NormRopeParams& p) {
+  return p.rotary_dim / 2 % Chunk<scalar_t>::kSize == 0;
+}
+
+// Whether norm_rope_head may take kAligned with vectors of 16 bytes. (Weights per head: head_dim is whole vectors.)
+inline bool is_aligned(const NormRopeParams& p) {
+  return is_aligned(p.q_norm.weight) && is_aligned(p.q_norm.bias) && is_aligned(p.k_norm.weight) &&
+         is_aligned(p.k_norm.bias) && is_aligned(p.cos_sin) && p.cos_sin_row_stride % Chunk<float>::kSize == 0;
+}
+
+}  // namespace persimmon_fast::cuda
