@@ -19,7 +19,7 @@ from typing import NamedTuple
 import emulator
 
 ROOT = emulator.ROOT
-FAMILIES = ["layer_norm", "qk_norm_rope"]
+FAMILIES = ["layer_norm", "linear_residual", "qk_norm_rope", "squared_relu_mlp"]
 RUNS = {
     "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
     "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once

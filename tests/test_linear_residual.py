@@ -163,6 +163,27 @@ def test_the_tile_changes_no_bit(name, rows, n, dtype):
             assert torch.equal(large[row : row + 1], small), row
 
 
+def counted(fn) -> dict[str, int]:
+    """What the emulator counts while fn runs."""
+    before = dict(torch.ops.persimmon_fast_emu.stats())
+    fn()
+    return {name: count - before[name] for name, count in torch.ops.persimmon_fast_emu.stats().items()}
+
+
+@pytest.mark.parametrize("name", [EMU])
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "blocks"),
+    [(64, 296, 64, 1), (65, 40, 72, 4), (65, 33, 72, 4), (256, 136, 384, 6), (129, 288, 328, 6), (256, 136, 256, 16)],
+)
+def test_blocks_and_bank_conflicts(name, rows, k, n, blocks):
+    with backend(name) as device:
+        args = inputs(rows, k, n, torch.bfloat16, device)
+        counts = counted(lambda: ops.linear_residual(*args))
+    assert counts["blocks"] == blocks
+    assert counts["mmas"] > 0
+    assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0
+
+
 TILE_CHOICE = """
 #include "csrc/cuda/gemm_tile.h"
 using namespace persimmon_fast::cuda;

@@ -1,63 +1,15 @@
-// squared_relu_mlp: checks, allocation, threads, and torch's products for many rows.
-#include "csrc/cpu/squared_relu_mlp.h"
+// squared_relu_mlp on a CPU: scratch, threads, and torch's products for many rows.
+#include "csrc/ops/squared_relu_mlp.h"
 
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "csrc/cpu/linear_residual.h"
-#include "csrc/ops/checks.h"
+#include "csrc/cpu/squared_relu_mlp.h"
 #include "csrc/ops/stream.h"
 
 namespace persimmon_fast {
 namespace {
-
-struct MlpArgs {
-  const at::Tensor& x;
-  const at::Tensor& up_weight;
-  const OptionalTensor& up_bias;
-  const at::Tensor& down_weight;
-  const OptionalTensor& down_bias;
-  const OptionalTensor& residual;
-};
-
-void check_mlp(const MlpArgs& a) {
-  const char* op = "squared_relu_mlp";
-  check_float(op, "x", a.x);
-  check_shape(op, "x", a.x, {-1, -1}, "[num_rows, hidden_size]");
-  const c10::SymInt hidden_size = a.x.sym_size(1);
-  TORCH_CHECK_VALUE(hidden_size > 0, op, ": x must have hidden_size > 0, got ", a.x.sym_sizes());
-  check_dense_rows(op, "x", a.x);
-  check_same(op, "up_weight", a.up_weight, "x", a.x);
-  check_shape(op, "up_weight", a.up_weight, {-1, hidden_size}, "[intermediate_size, hidden_size]");
-  const c10::SymInt intermediate_size = a.up_weight.sym_size(0);
-  TORCH_CHECK_VALUE(intermediate_size > 0, op, ": up_weight must have intermediate_size > 0, got ",
-                    a.up_weight.sym_sizes());
-  check_dense_rows(op, "up_weight", a.up_weight);
-  if (a.up_bias.has_value()) {
-    check_same(op, "up_bias", *a.up_bias, "x", a.x);
-    check_shape(op, "up_bias", *a.up_bias, {intermediate_size}, "[intermediate_size]");
-    check_dense_rows(op, "up_bias", *a.up_bias);
-  }
-  check_same(op, "down_weight", a.down_weight, "x", a.x);
-  check_shape(op, "down_weight", a.down_weight, {hidden_size, intermediate_size}, "[hidden_size, intermediate_size]");
-  TORCH_CHECK_VALUE(hidden_size == 1 || intermediate_size == 1 || a.down_weight.sym_stride(0) == 1 ||
-                        a.down_weight.sym_stride(1) == 1,
-                    op, ": down_weight must have a dimension of stride 1, got strides ", a.down_weight.sym_strides());
-  if (a.down_bias.has_value()) {
-    check_same(op, "down_bias", *a.down_bias, "x", a.x);
-    check_shape(op, "down_bias", *a.down_bias, {hidden_size}, "[hidden_size]");
-    check_dense_rows(op, "down_bias", *a.down_bias);
-  }
-  if (a.residual.has_value()) {
-    check_same(op, "residual", *a.residual, "x", a.x);
-    check_shape(op, "residual", *a.residual, {a.x.sym_size(0), hidden_size}, "[num_rows, hidden_size]");
-    check_dense_rows(op, "residual", *a.residual);
-  }
-}
-
-bool is_neuron_major(const at::Tensor& down_weight) { return down_weight.size(0) == 1 || down_weight.stride(0) == 1; }
-
-int64_t residual_row_stride(const MlpArgs& a) { return a.residual.has_value() ? a.residual->stride(0) : 0; }
 
 // The indices of the nonzero entries, ascending.
 int64_t list_active(const uint8_t* active, int64_t n, int32_t* list) {
@@ -86,7 +38,7 @@ void down_neuron_major(const MlpArgs& a, const at::Tensor& hidden, const at::Ten
   p.intermediate_size = hidden.size(1);
   p.hidden_size = out.size(1);
   p.neuron_stride = a.down_weight.stride(1);
-  p.residual_row_stride = residual_row_stride(a);
+  p.residual_row_stride = row_stride_or_zero(a.residual);
   p.dtype = dtype_tag(out);
   const int64_t blocks = (p.hidden_size + cpu::kDownColumns - 1) / cpu::kDownColumns;
   const int64_t grain = cpu::stream_grain(p.num_active * cpu::kDownColumns);
@@ -102,7 +54,7 @@ void down_row_major(const MlpArgs& a, const at::Tensor& hidden, const at::Tensor
   p.bias = data_or_null(a.down_bias);
   p.residual = data_or_null(a.residual);
   p.out = out.mutable_data_ptr();
-  p.residual_row_stride = residual_row_stride(a);
+  p.residual_row_stride = row_stride_or_zero(a.residual);
   p.out_row_stride = out.stride(0);
   at::parallel_for(0, out.size(1), cpu::stream_grain(hidden.size(1)),
                    [&](int64_t begin, int64_t end) { cpu::linear_residual(p, begin, end); });
@@ -146,18 +98,11 @@ at::Tensor run_many_rows(const MlpArgs& a) {
   q.bias = data_or_null(a.down_bias);
   q.residual = data_or_null(a.residual);
   q.hidden_size = out.size(1);
-  q.residual_row_stride = residual_row_stride(a);
+  q.residual_row_stride = row_stride_or_zero(a.residual);
   q.dtype = p.dtype;
   at::parallel_for(0, num_rows, grain(out.size(1)),
                    [&](int64_t begin, int64_t end) { cpu::scaled_bias_residual(q, begin, end); });
   return out;
-}
-
-at::Tensor squared_relu_mlp_meta(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,
-                                 const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                                 const OptionalTensor& residual) {
-  check_mlp({x, up_weight, up_bias, down_weight, down_bias, residual});
-  return at::empty_symint({x.sym_size(0), x.sym_size(1)}, x.options());
 }
 
 at::Tensor squared_relu_mlp_cpu(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,

@@ -1,0 +1,169 @@
+// squared_relu_mlp: out[m] = (sum_n h[m, n]^2 D[:, n] + b_d) + residual[m],  h[m, n] = relu(x[m] . U[n] + b_u[n])
+//
+// Tile      two products of gemm.cuh. The first writes h, unsquared, in the dtype of x; the second squares its A
+// operand
+//           in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of gemm.cuh
+// Traffic   U and D once per group of 16 row tiles, h written once and read once; no pass over h of its own
+// Bound     tensor cores from about 150 rows on; below, the bytes of U and D
+// Issue     the squares need, per warp and step of 16 k of the large tile, 16 (bf16) or 32 (fp16) two-element products
+//           beside 32 mma and 8 ldmatrix. An mma.m16n8k16 keeps the tensor core of a quarter multiprocessor busy for 8
+//           cycles on sm_80, so a step has 256 issue slots for these and about 50 more instructions
+// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Up: large tile 242; 246,
+//           small 96; 96, unaligned 112; 116. Down, the most of both dtypes and orders: large 244; 244, small 104; 108,
+//           unaligned 126; 128. fp32: 91; 75. Shared memory and blocks as linear_residual.cu
+// Numerics  fp32 sums; h is rounded to the dtype, its square again, as plain torch does; bias, residual and scale in
+//           fp32, one rounding. fp16: h^2 passes 65504 above h = 255.9 and loses bits below 2^-7, so the second product
+//           works on h 2^-e, exact, with 128 <= max(h) 2^-e < 256 in each row (e within -15 .. 8), and multiplies its
+//           sums by 2^2e, exact: no overflow for any finite h, and the row's largest squares keep all bits, however
+//           small. max(h) comes from the first product by an atomic maximum, which no order changes. NaN stays NaN, inf
+//           inf; -0.0 is zero. Zeros are multiplied: an inf in D meets them as NaN
+// Measured  on no GPU yet
+// Source    So et al. 2021, Primer, arXiv:2109.08668 (squared ReLU); kernel written for this project
+#include "csrc/cuda/squared_relu_mlp.h"
+
+#include <type_traits>
+
+#include "csrc/cuda/gemm.cuh"
+
+namespace persimmon_fast::cuda {
+namespace {
+
+// e + 22 for the row whose largest value has these fp16 bits: its exponent field, within what e may be. Of an inf or
+// NaN that of the largest finite value: the others in its row stay finite.
+DEV int exponent_field(uint32_t row_max_bits) { return min(max(static_cast<int>(row_max_bits >> 10), 7), 30); }
+
+// out = relu(product + bias), in fp32 its square; fp16: also the maximum of each row.
+template <typename scalar_t>
+struct ReluEpilogue {
+  const scalar_t* bias;
+  scalar_t* out;      // rows out_row_stride elements apart
+  uint32_t* row_max;  // fp16
+  int64_t out_row_stride;
+  bool vectorised;
+
+  template <typename Tile>
+  DEV void operator()(const Tile& tile) const {
+    tile.for_pieces([&](int row, int col, const float (&values)[kPiece], int n) {
+      const int64_t row_idx = tile.row0 + row;
+      const int64_t col_idx = tile.col0 + col;
+      float r_bias[kPiece] = {};
+      if (bias != nullptr) read_piece(bias + col_idx, n, vectorised, r_bias);
+      float relu[kPiece];
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) {
+        const float z = values[i] + r_bias[i];
+        relu[i] = z <= 0.0f ? 0.0f : z;  // NaN stays
+        if constexpr (std::is_same_v<scalar_t, float>) relu[i] *= relu[i];
+      }
+      write_piece(out + row_idx * out_row_stride + col_idx, n, vectorised, relu);
+      if constexpr (std::is_same_v<scalar_t, __half>) {
+        uint32_t largest = 0;  // of what was stored; as integers, NaN > inf > finite
+#pragma unroll
+        for (int i = 0; i < kPiece; ++i) {
+          largest = max(largest, static_cast<uint32_t>(__half_as_ushort(__float2half_rn(relu[i])) & 0x7fff));
+        }
+        largest = segment_reduce<Tile::kLanesPerRow>(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
+        if (n > 0 && col == 0) atomicMax(row_max + row_idx, largest);
+      }
+    });
+  }
+};
+
+// A transform (gemm_common.cuh): squares, in fp16 after a division by 2^e of the row.
+template <typename scalar_t>
+struct Square;
+
+template <>
+struct Square<__nv_bfloat16> {
+  DEV uint32_t factor(int64_t) const { return 0; }
+  DEV void apply(uint32_t (&a)[4], uint32_t, uint32_t) const {
+#pragma unroll
+    for (uint32_t& pair : a) {
+      const __nv_bfloat162 values = *reinterpret_cast<const __nv_bfloat162*>(&pair);
+      const __nv_bfloat162 squares = __hmul2(values, values);
+      pair = *reinterpret_cast<const uint32_t*>(&squares);
+    }
+  }
+};
+
+template <>
+struct Square<__half> {
+  const uint32_t* row_max;
+
+  // 2^-e as two fp16 numbers: their exponent field is 15 - e.
+  DEV uint32_t factor(int64_t row) const {
+    return static_cast<uint32_t>(15 + 22 - exponent_field(row_max[row])) * 0x04000400u;
+  }
+  DEV void apply(uint32_t (&a)[4], uint32_t low, uint32_t high) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 values = *reinterpret_cast<const __half2*>(&a[i]);
+      const __half2 scaled = __hmul2(values, *reinterpret_cast<const __half2*>(i % 2 == 0 ? &low : &high));
+      const __half2 squares = __hmul2(scaled, scaled);
+      a[i] = *reinterpret_cast<const uint32_t*>(&squares);
+    }
+  }
+};
+
+// 2^2e of the row.
+struct RowUnscale {
+  const uint32_t* row_max;
+  DEV float operator()(int64_t row) const { return ldexpf(1.0f, 2 * (exponent_field(row_max[row]) - 22)); }
+};
+
+template <typename scalar_t>
+cudaError_t launch_up(const SquaredReluMlpParams& p, cudaStream_t stream) {
+  const GemmOperands operands{p.x,           p.up_weight,    p.num_rows,     p.intermediate_size,
+                              p.hidden_size, p.x_row_stride, p.up_row_stride};
+  ReluEpilogue<scalar_t> epilogue{};
+  epilogue.bias = static_cast<const scalar_t*>(p.up_bias);
+  epilogue.out = static_cast<scalar_t*>(p.hidden);
+  epilogue.row_max = p.row_max;
+  epilogue.out_row_stride = p.intermediate_size;
+  epilogue.vectorised = is_aligned(p.up_bias) && pieces_aligned(epilogue.out, p.intermediate_size);
+  return launch_gemm<scalar_t, BOrder::kKMajor>("squared_relu_mlp up", operands, epilogue, p.num_multiprocessors,
+                                                stream);
+}
+
+template <typename scalar_t, BOrder kBOrder, typename RowScale, typename Transform>
+cudaError_t launch_down(const SquaredReluMlpParams& p, cudaStream_t stream, const RowScale& scale,
+                        const Transform& transform) {
+  const GemmOperands operands{
+      p.hidden, p.down_weight, p.num_rows, p.hidden_size, p.intermediate_size, p.intermediate_size, p.down_row_stride};
+  BiasResidual<scalar_t, RowScale> epilogue{};
+  epilogue.bias = static_cast<const scalar_t*>(p.down_bias);
+  epilogue.residual = static_cast<const scalar_t*>(p.residual);
+  epilogue.out = static_cast<scalar_t*>(p.out);
+  epilogue.residual_row_stride = p.residual_row_stride;
+  epilogue.out_row_stride = p.hidden_size;
+  epilogue.vectorised = is_aligned(p.down_bias) && pieces_aligned(epilogue.residual, p.residual_row_stride) &&
+                        pieces_aligned(epilogue.out, p.hidden_size);
+  epilogue.scale = scale;
+  return launch_gemm<scalar_t, kBOrder>("squared_relu_mlp down", operands, epilogue, p.num_multiprocessors, stream,
+                                        transform);
+}
+
+template <typename scalar_t, typename RowScale, typename Transform>
+cudaError_t launch_both(const SquaredReluMlpParams& p, cudaStream_t stream, const RowScale& scale,
+                        const Transform& transform) {
+  const cudaError_t error = launch_up<scalar_t>(p, stream);
+  if (error != cudaSuccess) return error;
+  return p.down_is_neuron_major ? launch_down<scalar_t, BOrder::kNMajor>(p, stream, scale, transform)
+                                : launch_down<scalar_t, BOrder::kKMajor>(p, stream, scale, transform);
+}
+
+}  // namespace
+
+cudaError_t launch_squared_relu_mlp(const SquaredReluMlpParams& params, cudaStream_t stream) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return launch_both<float>(params, stream, UnitScale{}, Unchanged{});
+    case DType::kFloat16:
+      return launch_both<__half>(params, stream, RowUnscale{params.row_max}, Square<__half>{params.row_max});
+    case DType::kBFloat16:
+      return launch_both<__nv_bfloat16>(params, stream, UnitScale{}, Square<__nv_bfloat16>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace persimmon_fast::cuda

@@ -1,0 +1,50 @@
+// squared_relu_mlp on CUDA: scratch, launches.
+#include "csrc/ops/squared_relu_mlp.h"
+
+#include <ATen/ops/zeros.h>
+
+#include "csrc/cuda/squared_relu_mlp.h"
+#include "csrc/ops/cuda/device.h"
+
+namespace persimmon_fast {
+namespace {
+
+at::Tensor squared_relu_mlp_cuda(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,
+                                 const at::Tensor& down_weight, const OptionalTensor& down_bias,
+                                 const OptionalTensor& residual) {
+  const DeviceGuard guard(x.device());
+  at::Tensor out = squared_relu_mlp_meta(x, up_weight, up_bias, down_weight, down_bias, residual);
+  if (out.numel() == 0) return out;
+  const at::Tensor hidden = at::empty({x.size(0), up_weight.size(0)}, x.options());
+  at::Tensor row_max;
+  if (x.scalar_type() == at::kHalf) row_max = at::zeros({x.size(0)}, x.options().dtype(at::kInt));
+  const bool neuron_major = is_neuron_major(down_weight);
+  cuda::SquaredReluMlpParams p{};
+  p.x = x.const_data_ptr();
+  p.up_weight = up_weight.const_data_ptr();
+  p.up_bias = data_or_null(up_bias);
+  p.down_weight = down_weight.const_data_ptr();
+  p.down_bias = data_or_null(down_bias);
+  p.residual = data_or_null(residual);
+  p.hidden = hidden.mutable_data_ptr();
+  p.row_max = row_max.defined() ? static_cast<uint32_t*>(row_max.mutable_data_ptr()) : nullptr;
+  p.out = out.mutable_data_ptr();
+  p.num_rows = x.size(0);
+  p.hidden_size = x.size(1);
+  p.intermediate_size = up_weight.size(0);
+  p.x_row_stride = x.stride(0);
+  p.up_row_stride = up_weight.stride(0);
+  p.down_row_stride = down_weight.stride(neuron_major ? 1 : 0);
+  p.residual_row_stride = row_stride_or_zero(residual);
+  p.down_is_neuron_major = neuron_major;
+  p.num_multiprocessors = num_multiprocessors();
+  p.dtype = dtype_tag(x);
+  PF_CUDA_CHECK(cuda::launch_squared_relu_mlp(p, current_stream()));
+  return out;
+}
+
+}  // namespace
+
+PF_CUDA_LIBRARY_IMPL(m) { m.impl("squared_relu_mlp", squared_relu_mlp_cuda); }
+
+}  // namespace persimmon_fast
