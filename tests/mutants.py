@@ -4,7 +4,7 @@
 
 A mutant is one edit of one source. Its kernel file is compiled with the edit, linked with the other objects, and the
 tests marked `emu` and `sanitize` of its family run against it: under a reverse schedule with late copies, then, while
-nothing was found, under ThreadSanitizer with all blocks resident, then under AddressSanitizer.
+nothing was found, under AddressSanitizer, then under ThreadSanitizer with all blocks resident.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ ROOT = emulator.ROOT
 FAMILIES = ["layer_norm", "linear_residual", "qk_norm_rope", "squared_relu_mlp"]
 RUNS = {
     "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
-    "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once
     "asan": ("asan", {"PF_EMU_ASYNC": "late"}),
+    "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once
 }
 TIMEOUT_S = 300  # an endless loop is found too
 
