@@ -1,21 +1,24 @@
-"""LayerNorm and rotary embedding of a head (norm_rope.cuh), from global memory."""
-
 from mutants import Mutant
 
-HEAD = "csrc/cuda/norm_rope.cuh"
+_SHARED = "csrc/cuda/norm_rope.cuh"
 
 MUTANTS = [
-    Mutant("lanes past the end store", "  if (is_active) {\n    scalar_t* g_q", "  {\n    scalar_t* g_q"),
-    Mutant("the last (token, head) is left out", "item < num_items;", "item + 1 < num_items;"),
-    Mutant("keys are normalised with the queries' weights", "p.head.k_norm, token", "p.head.q_norm, token"),
-    Mutant("the statistics miss the last exchange", "lane_mask > 0; lane_mask /= 2) {\n    value +=",
-           "lane_mask > 1; lane_mask /= 2) {\n    value +=", HEAD),
-    Mutant("the deviations are not corrected",
-           "const float correction = head_sum<Layout::kLanes>(deviation) / kHeadDim;", "const float correction = 0.0f;", HEAD),
-    Mutant("columns behind the rotated ones are paired wrongly",
-           "make_int2(column + half_rotary_dim, column + kHeadDim / 2)", "make_int2(column + half_rotary_dim, column)", HEAD),
-    Mutant("the rotation has the wrong sign", "-(second * sin[j])", "second * sin[j]", HEAD),
-    Mutant("the sines begin one column too early", "cos_sin + half_rotary_dim + column, sin",
-           "cos_sin + half_rotary_dim + column - 1, sin", HEAD),
-    Mutant("every head takes the first head's weights", "head_idx * norm.head_stride", "0 * norm.head_stride", HEAD),
-]  # fmt: skip
+    Mutant("one item too many", "item < num_items;", "item <= num_items;"),
+    Mutant("the last item is left out", "item < num_items;", "item + 1 < num_items;"),
+    Mutant("k has the LayerNorm of q", "(k, p.head, p.head.k_norm", "(k, p.head, p.head.q_norm"),
+    Mutant("alignment of q is not looked at", "is_aligned(p.q) &&", ""),
+    Mutant("strides are taken for aligned", "stride % kVec == 0", "stride >= 0"),
+    Mutant("LayerNorm weights per head are those of head 0", "head_idx * norm.head_stride", "0", _SHARED),
+    Mutant("the sines are the cosines", "cos_sin + half_rotary_dim + column", "cos_sin + column", _SHARED),
+    Mutant("the rotation goes backwards", "-(second * sin[j])", "second * sin[j]", _SHARED),
+    Mutant("columns past rotary_dim are rotated", "if (column >= half_rotary_dim) continue;", "", _SHARED),
+    Mutant("the last exchange of the statistics is missing", "lane_mask > 0;", "lane_mask > 1;", _SHARED),
+    Mutant("the mean is not corrected", "(part[j] - correction)", "part[j]", _SHARED),
+    Mutant("an overflow of the variance is hidden", "variance + (variance - variance)", "variance", _SHARED),
+    Mutant(
+        "vectors straddle the rotary half",
+        "% Chunk<scalar_t>::kSize == 0;\n}\n\n// Whether norm",
+        ">= 0;\n}\n\n// Whether norm",
+        _SHARED,
+    ),
+]
