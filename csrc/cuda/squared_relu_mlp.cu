@@ -5,9 +5,9 @@
 //           in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of gemm.cuh
 // Traffic   U and D once per group of 16 row tiles, h written once and read once; no pass over h of its own
 // Bound     tensor cores from about 150 rows on; below, the bytes of U and D
-// Issue     the squares need, per warp and step of 16 k of the large tile, 16 (bf16) or 32 (fp16) two-element products
-//           beside 32 mma and 8 ldmatrix. An mma.m16n8k16 keeps the tensor core of a quarter multiprocessor busy for 8
-//           cycles on sm_80, so a step has 256 issue slots for these and about 50 more instructions
+// Issue     the squares are 16 (bf16) or 32 (fp16) two-element products per warp and step of 16 k of the large tile.
+//           The 32 mma of a step take a scheduler's tensor core 256 cycles on sm_80, as many issue slots; the loop then
+//           has 92 to 103 (bf16) or about 115 (fp16) instructions per step in place of 76: they fit
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Up: large tile 242; 246,
 //           small 96; 96, unaligned 112; 116. Down, the most of both dtypes and orders: large 244; 244, small 104; 108,
 //           unaligned 126; 128. fp32: 91; 75. Shared memory and blocks as linear_residual.cu
