@@ -144,6 +144,7 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
   const float variance = fmaf(-correction, correction, head_sum<Layout::kLanes>(square) / kHeadDim);
   // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
   const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + eps);
+  const float shift = -correction * rstd;
 #pragma unroll
   for (int i = 0; i < Layout::kPairs; ++i) {
     const int2 column = Layout::columns(i, half_rotary_dim);
@@ -153,7 +154,7 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
       load_vector<kAligned>(weight + begin, w);
       load_vector<kAligned>(bias + begin, b);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) part[j] = fmaf((part[j] - correction) * rstd, w[j], b[j]);
+      for (int j = 0; j < kVec; ++j) part[j] = fmaf(fmaf(part[j], rstd, shift), w[j], b[j]);
     };
     scale(column.x, values.first[i]);
     scale(column.y, values.second[i]);
@@ -182,12 +183,16 @@ DEV void rope_head(HeadValues<kHeadDim, kVec>& values, const float* cos_sin, int
   }
 }
 
-// LayerNorm with `norm` where it has a weight, then rotary at position_ids[token]. Every lane of the warp calls.
+// The cosines and sines of a token.
+DEV const float* cos_sin_row(const NormRopeParams& p, int64_t token) {
+  return p.cos_sin + p.position_ids[token] * p.cos_sin_row_stride;
+}
+
+// LayerNorm with `norm` where it has a weight, then rotary. Every lane of the warp calls.
 template <typename scalar_t, bool kAligned, int kHeadDim, int kVec>
 DEV void norm_rope_head(HeadValues<kHeadDim, kVec>& values, const NormRopeParams& p, const HeadNorm& norm,
-                        int64_t token, int64_t head_idx) {
+                        int64_t head_idx, const float* cos_sin) {
   const int half_rotary_dim = static_cast<int>(p.rotary_dim) / 2;
-  const float* cos_sin = p.cos_sin + p.position_ids[token] * p.cos_sin_row_stride;
   if (norm.weight != nullptr) {
     const int64_t offset = head_idx * norm.head_stride;
     norm_head<kAligned>(values, static_cast<const scalar_t*>(norm.weight) + offset,

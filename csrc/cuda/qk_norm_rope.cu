@@ -1,13 +1,12 @@
 // qk_norm_rope_kernel: out[t, h] = rope(LayerNorm(x[t, h]), position_ids[t]) for x = q and x = k
 //
-// Tile      one (token, head) = kLanes neighbouring lanes (norm_rope.cuh), which do q and k: the cosines and sines are
-//           fetched once, and each thread has 64 bytes of loads in flight. 128 threads: 32 items of 16-bit heads of 64
+// Tile      one (token, head) = kLanes neighbouring lanes (norm_rope.cuh), which do q, then k with the same cosines and
+//           sines; both are loaded first: 64 bytes in flight per thread. 128 threads: 32 items of 16-bit heads of 64
 // Traffic   q and k read once, written once; weights, cos_sin and position_ids are served by L1 and L2
 // Bound     memory: about 10 flops per element of 4 (16-bit) or 8 bytes moved
-// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills and no stack on 8.0, 8.6, 8.9, 9.0a. Aligned:
-// 16-bit
-//           71; 70 (7 blocks = 896 threads per multiprocessor), fp32 54; 54. Unaligned: 67; 66, fp32 48; 48. Element by
-//           element: 38; 40. No shared memory
+// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills and no stack on 8.0, 8.6, 8.9, 9.0a: aligned
+//           16-bit 64; 64 (8 blocks, 1024 threads per multiprocessor), fp32 42; 42; unaligned 16-bit 56; 56, fp32
+//           42; 42; column by column 32; 40. No shared memory
 // Numerics  fp32 statistics and rotary, one rounding (norm_rope.cuh). The bits of a head depend neither on the other
 //           heads nor on alignment or strides
 // Requires  head_dim 64 or 128; 16-byte accesses where every vector is aligned and rotary_dim / 2 is whole vectors. An
@@ -37,6 +36,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeParams
   const int64_t token = is_active ? item / num_heads : 0;
   const int64_t head_idx = is_active ? item % num_heads : 0;
 
+  // First, so that the second of its two steps through memory overlaps with the heads' one.
+  const float* cos_sin = cos_sin_row(p.head, token);
   HeadValues<kHeadDim, kVec> q = {};
   HeadValues<kHeadDim, kVec> k = {};
   if (is_active) {
@@ -45,8 +46,8 @@ __global__ void __launch_bounds__(kThreads) qk_norm_rope_kernel(QkNormRopeParams
     load_head<kAligned>(g_q, half_rotary_dim, q);
     load_head<kAligned>(g_k, half_rotary_dim, k);
   }
-  norm_rope_head<scalar_t, kAligned>(q, p.head, p.head.q_norm, token, head_idx);
-  norm_rope_head<scalar_t, kAligned>(k, p.head, p.head.k_norm, token, head_idx);
+  norm_rope_head<scalar_t, kAligned>(q, p.head, p.head.q_norm, head_idx, cos_sin);
+  norm_rope_head<scalar_t, kAligned>(k, p.head, p.head.k_norm, head_idx, cos_sin);
   if (is_active) {
     scalar_t* g_q = static_cast<scalar_t*>(p.q_out) + token * p.q_out_token_stride + head_idx * p.q_out_head_stride;
     scalar_t* g_k = static_cast<scalar_t*>(p.k_out) + token * p.k_out_token_stride + head_idx * p.k_out_head_stride;

@@ -13,7 +13,7 @@ MUTANTS = [
     Mutant("the rotation goes backwards", "-(second * sin[j])", "second * sin[j]", _SHARED),
     Mutant("columns past rotary_dim are rotated", "if (column >= half_rotary_dim) continue;", "", _SHARED),
     Mutant("the last exchange of the statistics is missing", "lane_mask > 0;", "lane_mask > 1;", _SHARED),
-    Mutant("the mean is not corrected", "(part[j] - correction)", "part[j]", _SHARED),
+    Mutant("the mean is not corrected", "-correction * rstd", "0.0f", _SHARED),
     Mutant("an overflow of the variance is hidden", "variance + (variance - variance)", "variance", _SHARED),
     Mutant(
         "vectors straddle the rotary half",
