@@ -342,10 +342,10 @@ def squared_relu_mlp(
 ) -> Tensor:
     """(residual +) relu(x U^T + b_u)^2 D^T + b_d.
 
-    For up to 16 rows the second product reads only the columns of D whose neuron is nonzero in some row. That is
-    exact, and a saving when D lies in memory as [intermediate_size, hidden_size] rows: see `to_neuron_major`. (A
-    skipped neuron is not multiplied: an inf or NaN in its column of D does not show.) The hidden activation is kept
-    in fp32, or scaled by a power of two per row in fp16, so that it does not overflow.
+    On a CPU the second product of up to 16 rows reads only the columns of D whose neuron is nonzero in some row. That
+    is exact, and a saving when D lies in memory as [intermediate_size, hidden_size] rows: see `to_neuron_major`. (A
+    skipped neuron is not multiplied: an inf or NaN in its column of D does not show.) The squares are kept in fp32,
+    or scaled by a power of two per row in fp16, so that they do not overflow.
 
     Args:
         x: [..., hidden_size].

@@ -10,13 +10,21 @@ enum class GemmTile { kLarge, kSmall };
 
 constexpr int64_t num_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
-// The tile of less predicted time: (tiles that the busiest multiprocessor computes) x (area of a tile), and half as
-// much again for a small one, which reads more shared memory per multiplication (docs/kernels/gemm.md). The sum over k
-// has the same order in both, so the choice changes no bit.
+// Cycles of an A100 multiprocessor for 16 steps of k of a tile: 1,024 multiplications each, or, where that takes more,
+// 128 bytes of shared memory each (docs/kernels/gemm.md). 256 for the large tile, 96 and 144 for the small ones.
+constexpr int64_t step_cycles(int64_t block_m, int64_t block_n) {
+  const int64_t multiply = block_m * block_n * 16 / 1024;
+  // Rows of 32 bytes, each read by 2 of the 4 warps and written by a copy.
+  const int64_t shared = (block_m + block_n) * (2 * 32 + 32) / 128;
+  return multiply > shared ? multiply : shared;
+}
+
+// The tile for which the busiest multiprocessor is predicted to take less time. The sum over k has the same order in
+// both, so the choice changes no bit.
 constexpr GemmTile choose_gemm_tile(int64_t m, int64_t n, int num_multiprocessors, int small_block_n = 64) {
   const int64_t large = num_tiles(num_tiles(m, 128) * num_tiles(n, 128), num_multiprocessors);
   const int64_t small = num_tiles(num_tiles(m, 64) * num_tiles(n, small_block_n), num_multiprocessors);
-  return 2 * large * (128 * 128) <= 3 * small * (64 * small_block_n) ? GemmTile::kLarge : GemmTile::kSmall;
+  return large * step_cycles(128, 128) <= small * step_cycles(64, small_block_n) ? GemmTile::kLarge : GemmTile::kSmall;
 }
 
 struct TileIndex {
