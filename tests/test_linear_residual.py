@@ -23,8 +23,8 @@ SIZES = [(1, 1), (7, 5), (64, 64), (65, 33), (100, 8), (513, 9)]
 LONG_SIZES = [(4096, 70), (4099, 17)]  # more than one chunk and one task of the CPU kernels
 NUM_ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 15, 16, 17, 33]
 # rows, in_features, out_features of the CUDA kernels' tiles; k advances by 32 through 4 stages. On the emulator's 8
-# multiprocessors the last three take the large tile (one each, against 3 of the small ones), and on a real GPU of 108 to
-# 132 the one of GPU_SHAPES.
+# multiprocessors the last three take the large tile (one each, against 3 of the small ones), and on a real GPU of 108
+# to 132 the one of GPU_SHAPES.
 TILE_SHAPES = [
     (1, 8, 8), (64, 32, 64), (63, 40, 72), (65, 128, 56), (64, 296, 64), (3, 104, 200),
     (65, 33, 63), (1, 31, 65), (64, 287, 64), (17, 300, 129),
