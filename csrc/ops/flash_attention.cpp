@@ -1,7 +1,7 @@
-// flash_attention: checks, allocation, threads.
-#include <torch/library.h>
+// flash_attention on a CPU: threads.
+#include "csrc/ops/flash_attention.h"
 
-#include <tuple>
+#include <torch/library.h>
 
 #include "csrc/ops/attention_common.h"
 #include "csrc/ops/attention_torch.h"
@@ -9,42 +9,14 @@
 namespace persimmon_fast {
 namespace {
 
-constexpr const char* kOp = "flash_attention";
-
-void check_flash_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
-                           const OptionalTensor& seqused_k) {
-  check_heads(kOp, q);
-  check_same(kOp, "k", k, "q", q);
-  check_shape(kOp, "k", k, {-1, q.sym_size(1), q.sym_size(2)}, "[total_k, num_heads, head_dim]");
-  check_dense_rows(kOp, "k", k);
-  check_same(kOp, "v", v, "q", q);
-  check_shape(kOp, "v", v, {k.sym_size(0), q.sym_size(1), q.sym_size(2)}, "[total_k, num_heads, head_dim]");
-  check_dense_rows(kOp, "v", v);
-  check_index(kOp, "cu_seqlens_q", cu_seqlens_q, q, {-1}, "[batch_size + 1]");
-  TORCH_CHECK_VALUE(cu_seqlens_q.sym_size(0) >= 1, kOp, ": cu_seqlens_q must be [batch_size + 1], got [0]");
-  check_index(kOp, "cu_seqlens_k", cu_seqlens_k, q, {cu_seqlens_q.sym_size(0)}, "[batch_size + 1]");
-  if (seqused_k.has_value()) {
-    check_index(kOp, "seqused_k", *seqused_k, q, {cu_seqlens_q.sym_size(0) - 1}, "[batch_size]");
-  }
-}
-
-std::tuple<at::Tensor, at::Tensor> flash_attention_meta(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                        const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
-                                                        const OptionalTensor& seqused_k, int64_t, int64_t, double,
-                                                        bool) {
-  check_flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k);
-  return {at::empty_symint(q.sym_sizes(), q.options()),
-          at::empty_symint({q.sym_size(1), q.sym_size(0)}, q.options().dtype(at::kFloat))};
-}
-
 std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                        const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                                        const OptionalTensor& seqused_k, int64_t max_seqlen_q,
                                                        int64_t max_seqlen_k, double softmax_scale, bool causal) {
-  check_flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k);
-  check_cu_seqlens(kOp, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q);
-  check_cu_seqlens(kOp, "cu_seqlens_k", cu_seqlens_k, k.size(0), max_seqlen_k);
+  auto [out, lse] = flash_attention_meta(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, max_seqlen_k,
+                                         softmax_scale, causal);
+  check_cu_seqlens(kFlashAttention, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q);
+  check_cu_seqlens(kFlashAttention, "cu_seqlens_k", cu_seqlens_k, k.size(0), max_seqlen_k);
   const int64_t batch_size = cu_seqlens_q.size(0) - 1;
   const int32_t* starts_q = cu_seqlens_q.const_data_ptr<int32_t>();
   const int32_t* starts_k = cu_seqlens_k.const_data_ptr<int32_t>();
@@ -52,16 +24,14 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_cpu(const at::Tensor& q, cons
   std::vector<cpu::AttentionSequence> sequences(batch_size);
   for (int64_t b = 0; b < batch_size; ++b) {
     const int64_t seqlen_k = starts_k[b + 1] - starts_k[b];
-    TORCH_CHECK_VALUE(used_k == nullptr || (used_k[b] >= 0 && used_k[b] <= seqlen_k), kOp, ": seqused_k[", b,
-                      "] must be between 0 and the ", seqlen_k, " keys of its sequence, got ", used_k[b]);
+    TORCH_CHECK_VALUE(used_k == nullptr || (used_k[b] >= 0 && used_k[b] <= seqlen_k), kFlashAttention, ": seqused_k[",
+                      b, "] must be between 0 and the ", seqlen_k, " keys of its sequence, got ", used_k[b]);
     sequences[b].q_begin = starts_q[b];
     sequences[b].num_queries = starts_q[b + 1] - starts_q[b];
     sequences[b].k_begin = starts_k[b];
     sequences[b].num_keys = used_k != nullptr ? used_k[b] : seqlen_k;
   }
 
-  at::Tensor out = at::empty(q.sizes(), q.options());
-  at::Tensor lse = at::empty({q.size(1), q.size(0)}, q.options().dtype(at::kFloat));
   cpu::AttentionParams p{};
   p.q = q.const_data_ptr();
   p.q_token_stride = q.stride(0);

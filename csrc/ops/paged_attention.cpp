@@ -1,4 +1,6 @@
-// paged_attention: checks, allocation, threads.
+// paged_attention on a CPU: threads.
+#include "csrc/ops/paged_attention.h"
+
 #include <torch/library.h>
 
 #include <cstring>
@@ -8,28 +10,6 @@
 
 namespace persimmon_fast {
 namespace {
-
-constexpr const char* kOp = "paged_attention";
-
-void check_cache(const char* name, const at::Tensor& cache, const c10::SymInt& num_pages, const at::Tensor& q,
-                 const c10::SymInt& page_size) {
-  check_same(kOp, name, cache, "q", q);
-  check_shape(kOp, name, cache, {num_pages, q.sym_size(1), page_size, q.sym_size(2)},
-              "[num_pages, num_heads, page_size, head_dim]");
-  TORCH_CHECK_VALUE(cache.is_contiguous(), kOp, ": ", name, " must be contiguous, got strides ", cache.sym_strides());
-}
-
-void check_paged_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                           const at::Tensor& page_table, const at::Tensor& cache_seqlens,
-                           const at::Tensor& cu_seqlens_q) {
-  check_heads(kOp, q);
-  check_cache("k_cache", k_cache, -1, q, -1);
-  TORCH_CHECK_VALUE(k_cache.sym_size(2) > 0, kOp, ": k_cache must have page_size > 0, got ", k_cache.sym_sizes());
-  check_cache("v_cache", v_cache, k_cache.sym_size(0), q, k_cache.sym_size(2));
-  check_index(kOp, "page_table", page_table, q, {-1, -1}, "[batch_size, max_pages]");
-  check_index(kOp, "cache_seqlens", cache_seqlens, q, {page_table.sym_size(0)}, "[batch_size]");
-  check_index(kOp, "cu_seqlens_q", cu_seqlens_q, q, {page_table.sym_size(0) + 1}, "[batch_size + 1]");
-}
 
 // The keys or values of one sequence, [num_heads, num_keys, head_dim] contiguous.
 at::Tensor gather_pages(const at::Tensor& cache, const cpu::AttentionSequence& s) {
@@ -52,18 +32,12 @@ at::Tensor gather_pages(const at::Tensor& cache, const cpu::AttentionSequence& s
   return gathered;
 }
 
-at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
-                                const at::Tensor& page_table, const at::Tensor& cache_seqlens,
-                                const at::Tensor& cu_seqlens_q, int64_t, double) {
-  check_paged_attention(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q);
-  return at::empty_symint(q.sym_sizes(), q.options());
-}
-
 at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                                const at::Tensor& page_table, const at::Tensor& cache_seqlens,
                                const at::Tensor& cu_seqlens_q, int64_t max_seqlen_q, double softmax_scale) {
-  check_paged_attention(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q);
-  check_cu_seqlens(kOp, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q);
+  at::Tensor out =
+      paged_attention_meta(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q, max_seqlen_q, softmax_scale);
+  check_cu_seqlens(kPagedAttention, "cu_seqlens_q", cu_seqlens_q, q.size(0), max_seqlen_q);
   const int64_t batch_size = page_table.size(0);
   const int64_t num_pages = k_cache.size(0);
   const int64_t page_size = k_cache.size(2);
@@ -77,17 +51,16 @@ at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& k_cache, c
     s.num_queries = starts_q[b + 1] - starts_q[b];
     s.pages = page_table.const_data_ptr<int32_t>() + b * page_table.stride(0);
     s.num_keys = seqlens[b];
-    TORCH_CHECK_VALUE(s.num_keys >= s.num_queries, kOp, ": cache_seqlens[", b, "] must count the ", s.num_queries,
-                      " queries of its sequence too, got ", s.num_keys);
-    TORCH_CHECK_VALUE(s.num_keys <= capacity, kOp, ": cache_seqlens[", b,
+    TORCH_CHECK_VALUE(s.num_keys >= s.num_queries, kPagedAttention, ": cache_seqlens[", b, "] must count the ",
+                      s.num_queries, " queries of its sequence too, got ", s.num_keys);
+    TORCH_CHECK_VALUE(s.num_keys <= capacity, kPagedAttention, ": cache_seqlens[", b,
                       "] must be at most max_pages * page_size = ", capacity, ", got ", s.num_keys);
     for (int64_t i = 0; i * page_size < s.num_keys; ++i) {
-      TORCH_CHECK_VALUE(s.pages[i] >= 0 && s.pages[i] < num_pages, kOp, ": page_table[", b, ", ", i,
+      TORCH_CHECK_VALUE(s.pages[i] >= 0 && s.pages[i] < num_pages, kPagedAttention, ": page_table[", b, ", ", i,
                         "] must be a page id below ", num_pages, ", got ", s.pages[i]);
     }
   }
 
-  at::Tensor out = at::empty(q.sizes(), q.options());
   cpu::AttentionParams p{};
   p.q = q.const_data_ptr();
   p.q_token_stride = q.stride(0);
