@@ -205,7 +205,7 @@ def qkv_norm_rope_paged(
 
     Args:
         slot_mapping: [num_tokens] int64: page * page_size + offset of each token; negative: not kept. No two
-            tokens may share a slot.
+            tokens may share a slot. Past the cache is undefined on a GPU, an error on a CPU.
         k_cache, v_cache: [num_pages, num_heads, page_size, head_dim] contiguous, written.
         the others: as in `qkv_norm_rope`.
     Returns:
