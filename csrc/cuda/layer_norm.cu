@@ -6,14 +6,14 @@
 //           elements) are read again, from L1 or L2, in each pass
 // Traffic   x (and residual) read once, out (and sum) written once; weight and bias are served by L2
 // Bound     memory for many rows; for one row latency: two reductions, the second over two values at once
-// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Aligned bf16: block 40;
-// 56,
-//           warp 64; 80. Aligned fp32: block 40; 40, warp 48; 48. Unaligned bf16: block 66; 74, warp 71; 96.
-//           256 B shared in the block kernel, none in the warp kernel
+// Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Aligned bf16: block 48;
+// 48,
+//           warp 64; 80. Aligned fp32: block 40; 37, warp 52; 53. Unaligned bf16: block 92; 109, warp 72; 110. 256 B
+//           shared in the block kernel, none in the warp kernel
 // Numerics  fp32 two-pass statistics; the rounding error of the mean is measured and taken off the deviations, so rows
-//           whose mean is far from zero lose nothing. The
-//           sum is rounded to the dtype before it is normalised. Which thread adds what depends on hidden_size and
-//           dtype alone: the bits of a row change neither with num_rows nor with alignment or strides
+//           whose mean is far from zero lose nothing. The sum is rounded to the dtype before it is normalised. Which
+//           thread adds what depends on hidden_size and dtype alone: the bits of a row change neither with num_rows nor
+//           with alignment or strides
 // Requires  hidden_size > 0, rows dense (csrc/ops/layer_norm.cpp); 16-byte accesses where every row starts aligned
 // Measured  on no GPU yet
 // Source    Ba et al. 2016, Layer Normalization, arXiv:1607.06450; kernel written for this project
@@ -28,7 +28,9 @@
 namespace persimmon_fast::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;  // 1024 would leave 64 registers, and unaligned bf16 rows spilled (sm_90a)
+// 1024 would leave 64 registers, and unaligned bf16 rows spilled (sm_90a); so did 512 without the 1 in
+// __launch_bounds__, where ptxas makes room for two blocks.
+constexpr int kMaxThreads = 512;
 constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exactly
 
 // Chunks that a thread keeps in registers.
@@ -62,7 +64,7 @@ DEV float2 group_sum(float2 value, float2* s_partial) {
 // x, residual: [num_rows, hidden_size] with their row strides; sum, out: [num_rows, hidden_size] contiguous;
 // weight, bias: [hidden_size]. kAligned: every chunk of every tensor is whole and 16-byte aligned.
 template <typename scalar_t, bool kWarpPerRow, bool kAligned>
-__global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads) layer_norm_kernel(LayerNormParams p) {
+__global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads, 1) layer_norm_kernel(LayerNormParams p) {
   constexpr int kChunk = Chunk<scalar_t>::kSize;
   constexpr int kHeld = kHeldChunks<kWarpPerRow>;
   constexpr int kMaxWarps = kMaxThreads / kWarpSize;
