@@ -145,13 +145,18 @@ def sanitizer_environment(name: str) -> dict[str, str]:
     """What a process that loads the variant needs in its environment."""
     if name == "plain":
         return {"PF_EMU_VARIANT": name}
-    runtime = subprocess.check_output(["g++", f"-print-file-name=lib{name}.so"], text=True).strip()
+    # Python does not load libstdc++ at its start, and AddressSanitizer would then not find what throws exceptions.
+    libraries = [
+        subprocess.check_output(["g++", f"-print-file-name={library}"], text=True).strip()
+        for library in (f"lib{name}.so", "libstdc++.so.6")
+    ]
     return {
         "PF_EMU_VARIANT": name,
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": ":".join(libraries),
         "OMP_NUM_THREADS": "1",  # libgomp is not instrumented: its threads would be reported
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0:detect_stack_use_after_return=0",
-        "TSAN_OPTIONS": "report_signal_unsafe=0",
+        # A race is reported each time, not once per process: each launch is to throw.
+        "TSAN_OPTIONS": "report_signal_unsafe=0:suppress_equal_stacks=0:suppress_equal_addresses=0",
     }
 
 

@@ -32,7 +32,7 @@ __attribute__((no_sanitize("thread"), no_sanitize("address"), noinline)) inline 
     fail(Site{}, "invalid memory access %s: a misaligned vector access, or an address out of range", after);
   }
   const char* address = static_cast<const char*>(fault_state.address);
-  const bool overflow = address < thread->fiber.stack && address >= thread->fiber.stack - kPageBytes;
+  const bool overflow = address < thread->fiber.stack && address >= thread->fiber.stack - kGuardBytes;
   fail(Site{}, "invalid memory access %s: %s (address %p)", after,
        overflow ? "local variables exceed the emulator's stack" : "out of bounds or null pointer", fault_state.address);
 }

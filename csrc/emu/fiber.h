@@ -15,7 +15,8 @@
 
 namespace emu {
 
-constexpr size_t kPageBytes = 4096;
+// Below each stack, without access. As much as a CUDA thread's local memory may be: no frame reaches across it.
+constexpr size_t kGuardBytes = 512 * 1024;
 // Instrumented frames are larger, and a sanitizer's report is made on the stack of the fiber that it is about.
 constexpr size_t kStackBytes = EMU_ASAN || EMU_TSAN ? 512 * 1024 : 128 * 1024;
 
@@ -89,10 +90,10 @@ EMU_RT void reset_fiber(Fiber& fiber, void (*entry)()) {
 }
 
 inline void create_fiber(Fiber& fiber, void (*entry)()) {
-  char* memory = map_memory(kPageBytes + kStackBytes);
+  char* memory = map_memory(kGuardBytes + kStackBytes);
   if (memory == nullptr) throw std::runtime_error("emulator: no memory for the stack of another CUDA thread");
-  mprotect(memory, kPageBytes, PROT_NONE);  // a stack that overflows faults
-  fiber.stack = memory + kPageBytes;
+  mprotect(memory, kGuardBytes, PROT_NONE);  // a stack that overflows faults
+  fiber.stack = memory + kGuardBytes;
   fiber.stack_bytes = kStackBytes;
   reset_fiber(fiber, entry);
 }

@@ -44,7 +44,6 @@ EMU_RT void end_thread() {
   Block* block = thread->block;
   Warp& warp = *thread->warp;
   check_sanitizer_reports(thread->site);
-  thread->done = true;
   warp.live &= ~(1u << thread->lane);
   for (int i = 0; i < warp.num_operations; ++i) {
     const WarpOperation& operation = warp.operations[i];
@@ -54,8 +53,9 @@ EMU_RT void end_thread() {
   note_progress();
   --block->live;
   if (block->live > 0 && block->barriers[0].arrived >= block->live) complete_barrier(block->barriers[0]);
-  hb_release(&block->order_token);
+  hb_release(&block->order_token[block->num_started % 2]);
   hb_release(&machine.done_token);
+  thread->done = true;  // not before the checks: who fails in one of them must start afresh
 }
 
 EMU_RT void run_thread() {
@@ -64,7 +64,7 @@ EMU_RT void run_thread() {
     const CudaThread* thread = self();
     machine.current->started = true;
     hb_acquire(machine.grid.is_dependent ? machine.early_token : machine.start_token);
-    hb_acquire(&thread->block->order_token);
+    hb_acquire(&thread->block->order_token[(thread->block->num_started - 1) % 2]);
     machine.grid.entry(machine.parameters);
     end_thread();
     resume(thread->block->live == 0 ? &machine.main : pick());
@@ -102,6 +102,7 @@ EMU_RT void start_block(Block* block, uint3 index) {
   block->index = index;
   block->live = num_threads;
   block->checked = false;
+  ++block->num_started;
   clear_arena(block);
   for (Barrier& barrier : block->barriers) barrier.arrived = 0, barrier.waiting = WaitList{};
   for (int w = 0; w * kWarpSize < num_threads; ++w) {
@@ -218,7 +219,7 @@ EMU_RT void finish_launch() {
         // What it did lies before everything that follows, like the work of threads that ended.
         __tsan_switch_to_fiber(thread->fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
         hb_release(&machine.done_token);
-        hb_release(&block->order_token);
+        hb_release(&block->order_token[block->num_started % 2]);
         __tsan_switch_to_fiber(machine.main.fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
 #endif
         reset_fiber(thread->fiber, run_thread);

@@ -138,7 +138,9 @@ struct Block {
   size_t arena_used = 0, static_bytes = 0, dynamic_bytes = 0;
   SharedArray arrays[kMaxSharedArrays];
   int num_arrays = 0;
-  uint64_t order_token = 0;                               // orders a block behind the one whose place it takes
+  // Orders a block behind the one whose place it takes; two, so that it does not order the threads of one block.
+  unsigned num_started = 0;
+  uint64_t order_token[2] = {};                           // orders a block behind the one whose place it takes
   uint8_t copies_in_flight[kArenaBytes / kGranuleBytes];  // per granule of the arena
 };
 

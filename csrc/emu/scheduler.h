@@ -54,7 +54,7 @@ EMU_RT CudaThread* pick() {
   if (ready.count == 0) {
     if (machine.yielded.count == 0) return &machine.main;
     EMU_CHECK(++machine.idle_rounds < kMaxIdleRounds, machine.yielded.at(0)->site,
-              "livelock: %u threads poll a value that nobody changes any more (%zu of its blocks are resident)",
+              "livelock: threads that poll a value which nobody changes: %u, resident blocks: %zu",
               machine.yielded.count, machine.resident.size());
     while (machine.yielded.count != 0) ready.push(machine.yielded.pop(0));
   }
