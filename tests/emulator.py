@@ -156,7 +156,7 @@ def sanitizer_environment(name: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",  # libgomp is not instrumented: its threads would be reported
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=0:detect_stack_use_after_return=0",
         # A race is reported each time, not once per process: each launch is to throw.
-        "TSAN_OPTIONS": "report_signal_unsafe=0:suppress_equal_stacks=0:suppress_equal_addresses=0",
+        "TSAN_OPTIONS": "report_signal_unsafe=0:suppress_equal_stacks=0:suppress_equal_addresses=0:atexit_sleep_ms=0",
     }
 
 
