@@ -55,6 +55,8 @@ struct GemmShape {
 using LargeShape = GemmShape<128, 128, 2>;
 template <int kBlockN>
 using SmallShape = GemmShape<64, kBlockN, kBlockN == 64 ? 4 : 3>;
+template <int kBlockN>
+using UnalignedShape = GemmShape<64, kBlockN, kBlockN == 64 ? 4 : 2>;  // 3 spilled with the epilogue of lm_head
 
 // Byte offset of a 16-byte chunk in a tile with rows of kChunks chunks.
 template <int kChunks>
@@ -230,8 +232,9 @@ cudaError_t launch_gemm(const char* name, const GemmOperands& g, const Epilogue&
     const bool aligned = is_aligned(g.a) && is_aligned(g.b) && g.k % 8 == 0 && dense_b % 8 == 0 &&
                          g.a_row_stride % 8 == 0 && g.b_row_stride % 8 == 0;
     if (!aligned) {
-      return launch_tiles<Small>(name, gemm_kernel<scalar_t, Small, kBOrder, false, Transform, Epilogue>,
-                                 Small::kSmemBytes, stream, params);
+      using Unaligned = UnalignedShape<kSmallBlockN>;
+      return launch_tiles<Unaligned>(name, gemm_kernel<scalar_t, Unaligned, kBOrder, false, Transform, Epilogue>,
+                                     Unaligned::kSmemBytes, stream, params);
     }
     if (choose_gemm_tile(g.m, g.n, num_multiprocessors, kSmallBlockN) == GemmTile::kLarge) {
       return launch_tiles<LargeShape>(name, gemm_kernel<scalar_t, LargeShape, kBOrder, true, Transform, Epilogue>,
