@@ -1,4 +1,4 @@
-// lm_head_argmax, lm_head_logprobs, lm_head_sample: checks, the products, threads.
+// lm_head_argmax, lm_head_logprobs, lm_head_sample on a CPU: the products, threads.
 //
 // Logits are made in fp32, block by block of the vocabulary, and reduced by the thread that made them; only sampling
 // keeps those of up to 64 rows (64 MB at 262,144 tokens). Two ways to make a block, neither of which rounds a logit to
@@ -13,6 +13,8 @@
 //           126 (211), 128 rows 190 (338), 256 rows 401 (512). Sampling on top of the product, per row of 262,144
 //           tokens: 0.1-0.4 ms greedy, 0.3-0.7 with top-k or min-p, 0.6-0.8 unfiltered, 1.3-2.0 with top-p
 //           alone. Sapphire-Rapids-class Xeon, torch 2.13.0+cpu, 2026-11
+#include "csrc/ops/lm_head.h"
+
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <torch/library.h>
@@ -24,7 +26,6 @@
 
 #include "csrc/cpu/lm_head.h"
 #include "csrc/cpu/sample.h"
-#include "csrc/ops/checks.h"
 #include "csrc/ops/stream.h"
 
 namespace persimmon_fast {
@@ -33,29 +34,6 @@ namespace {
 constexpr int64_t kMaxSampleRows = 64;  // whose logits are kept at once
 // Rows whose logits pass through a block. 256 spill the caches: 506 GFLOP/s per thread, 128: 696, 64: 534.
 constexpr int64_t kMaxReducedRows = 128;
-
-void check_head(const char* op, const at::Tensor& x, const at::Tensor& weight) {
-  check_float(op, "x", x);
-  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [num_rows, hidden_size], got ", x.sym_sizes());
-  TORCH_CHECK_VALUE(x.sym_size(1) > 0, op, ": x must have hidden_size > 0, got ", x.sym_sizes());
-  check_dense_rows(op, "x", x);
-  check_same(op, "weight", weight, "x", x);
-  check_shape(op, "weight", weight, {-1, x.sym_size(1)}, "[vocab_size, hidden_size]");
-  TORCH_CHECK_VALUE(weight.sym_size(0) > 0, op, ": weight must have vocab_size > 0, got ", weight.sym_sizes());
-  check_dense_rows(op, "weight", weight);
-}
-
-// One value per row of x.
-void check_per_row(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype, const at::Tensor& x) {
-  check_device(op, name, t, "x", x);
-  check_dtype(op, name, t, dtype);
-  check_shape(op, name, t, {x.sym_size(0)}, "[num_rows]");
-  check_dense_rows(op, name, t);
-}
-
-at::Tensor empty_per_row(const at::Tensor& x, at::ScalarType dtype) {
-  return at::empty_symint({x.sym_size(0)}, x.options().dtype(dtype));
-}
 
 bool use_brgemm(const at::Tensor& x, int64_t num_rows) {
 #ifdef CPUBLAS_BRGEMM_BF16BF16F32
@@ -169,11 +147,6 @@ void for_each_chunk(const at::Tensor& x, int64_t max_rows, const Body& body) {
 
 // ---- lm_head_argmax ----
 
-std::tuple<at::Tensor, at::Tensor> lm_head_argmax_meta(const at::Tensor& x, const at::Tensor& weight) {
-  check_head("lm_head_argmax", x, weight);
-  return {empty_per_row(x, at::kLong), empty_per_row(x, at::kFloat)};
-}
-
 std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cpu(const at::Tensor& x, const at::Tensor& weight) {
   auto [token_ids, logprobs] = lm_head_argmax_meta(x, weight);
   int64_t* tokens = token_ids.mutable_data_ptr<int64_t>();
@@ -189,12 +162,6 @@ std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cpu(const at::Tensor& x, const
 }
 
 // ---- lm_head_logprobs ----
-
-at::Tensor lm_head_logprobs_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids) {
-  check_head("lm_head_logprobs", x, weight);
-  check_per_row("lm_head_logprobs", "token_ids", token_ids, at::kLong, x);
-  return empty_per_row(x, at::kFloat);
-}
 
 at::Tensor lm_head_logprobs_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids) {
   at::Tensor logprobs = lm_head_logprobs_meta(x, weight, token_ids);
@@ -219,32 +186,6 @@ at::Tensor lm_head_logprobs_cpu(const at::Tensor& x, const at::Tensor& weight, c
 // ---- lm_head_sample ----
 
 constexpr const char* kSample = "lm_head_sample";
-
-std::tuple<at::Tensor, at::Tensor> lm_head_sample_meta(const at::Tensor& x, const at::Tensor& weight,
-                                                       const at::Tensor& temperature, const at::Tensor& top_k,
-                                                       const at::Tensor& top_p, const at::Tensor& min_p,
-                                                       const at::Tensor& seeds, const at::Tensor& offsets,
-                                                       const OptionalTensor& penalty_ids,
-                                                       const OptionalTensor& repetition_penalty) {
-  check_head(kSample, x, weight);
-  check_per_row(kSample, "temperature", temperature, at::kFloat, x);
-  check_per_row(kSample, "top_k", top_k, at::kInt, x);
-  check_per_row(kSample, "top_p", top_p, at::kFloat, x);
-  check_per_row(kSample, "min_p", min_p, at::kFloat, x);
-  check_per_row(kSample, "seeds", seeds, at::kLong, x);
-  check_per_row(kSample, "offsets", offsets, at::kLong, x);
-  TORCH_CHECK_VALUE(penalty_ids.has_value() == repetition_penalty.has_value(), kSample,
-                    ": penalty_ids and repetition_penalty must be given together, got only ",
-                    penalty_ids.has_value() ? "penalty_ids" : "repetition_penalty");
-  if (penalty_ids.has_value()) {
-    check_device(kSample, "penalty_ids", *penalty_ids, "x", x);
-    check_dtype(kSample, "penalty_ids", *penalty_ids, at::kLong);
-    check_shape(kSample, "penalty_ids", *penalty_ids, {x.sym_size(0), -1}, "[num_rows, num_penalised]");
-    check_dense_rows(kSample, "penalty_ids", *penalty_ids);
-    check_per_row(kSample, "repetition_penalty", *repetition_penalty, at::kFloat, x);
-  }
-  return {empty_per_row(x, at::kLong), empty_per_row(x, at::kFloat)};
-}
 
 template <typename T, typename InRange>
 void check_values(const char* name, const at::Tensor& t, const char* range, const InRange& in_range) {
