@@ -7,7 +7,7 @@
 //           logits only where sampling asks for them (1 MB a row)
 // Bound     memory up to about 150 rows, then tensor cores
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a: 64 x 128 tile 160; 160,
-//           128 x 128 242; 246, unaligned 176; 174, fp32 119; 127, merge 34; 38. Shared: 48 KB, 64 KB, 48 KB, 32 KB, 1 KB
+//           128 x 128 242; 246, unaligned 176; 174, fp32 119; 127, merge 34; 38. Shared: 48, 64, 48, 32, 1 KB
 // Numerics  fp32 sums over k and within a tile, fp64 over tiles, all in an order that depends on the row alone: the
 // bits
 //           change neither with num_rows nor from run to run. The first NaN wins, as in torch.argmax; equal logits: the

@@ -76,8 +76,6 @@ DEV NucleusState narrow(const SampleParams& p, int64_t row) {
     if (lane >= distance) after = after + below;
   }
   if (lane == kWarpSize - 1) s_warp[warp] = after;
-  // Where top_p is no number no share reaches it: everything is kept.
-  if (threadIdx.x == 0) s_next[0] = {{0, 0}, {0, 0}, uint32_t{kNucleusBins - 1} << kBinBits<kLevel>};
   __syncthreads();
   FixedMass before{after.high - own.high, after.low - own.low};
   FixedMass total{0, 0};
@@ -96,7 +94,8 @@ DEV NucleusState narrow(const SampleParams& p, int64_t row) {
 
   const double top_p = p.top_p[row];
   const double divisor = to_double(total);
-  // Shares grow from thread to thread, so one thread alone has the bin.
+  // Shares grow from thread to thread up to that of the bin which this level splits (level 0: up to 1), exactly: one
+  // thread has the bin.
   if ((threadIdx.x == 0 || to_double(before) / divisor < top_p) && to_double(before + own) / divisor >= top_p) {
     int bin = static_cast<int>(threadIdx.x) * kBinsPerThread;
     FixedMass above = before;
