@@ -163,6 +163,20 @@ def test_the_tile_changes_no_bit(name, rows, n, dtype):
             assert torch.equal(large[row : row + 1], small), row
 
 
+@pytest.mark.parametrize("name", [CUDA])
+def test_runs_on_the_current_stream(name):
+    with backend(name) as device:
+        args = inputs(300, 4096, 4096, torch.bfloat16, device)
+        late = torch.zeros_like(args[0])
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)  # a kernel on another stream would read the zeros
+            late.copy_(args[0])
+            out = ops.linear_residual(late, *args[1:])
+        stream.synchronize()
+        assert torch.equal(out, ops.linear_residual(*args))
+
+
 def counted(fn) -> dict[str, int]:
     """What the emulator counts while fn runs."""
     before = dict(torch.ops.persimmon_fast_emu.stats())

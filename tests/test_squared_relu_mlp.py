@@ -288,6 +288,20 @@ def test_the_tile_changes_no_bit(name, dtype, neuron_major):
             assert torch.equal(large[row : row + 1], run(args[0][row : row + 1], *args[1:5], args[5][row : row + 1]))
 
 
+@pytest.mark.parametrize("name", [CUDA])
+def test_runs_on_the_current_stream(name):
+    with backend(name) as device:
+        args = inputs(300, 1024, 4096, torch.float16, device=device)
+        late = torch.zeros_like(args[0])
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)  # a kernel on another stream would read the zeros
+            late.copy_(args[0])
+            out = run(late, *args[1:])
+        stream.synchronize()
+        assert torch.equal(out, run(*args))
+
+
 @pytest.mark.parametrize("name", [EMU])
 @pytest.mark.parametrize("neuron_major", [True, False])
 @pytest.mark.parametrize(("rows", "hidden", "intermediate"), [(64, 64, 72), (129, 328, 40)])
