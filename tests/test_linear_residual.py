@@ -112,6 +112,7 @@ def test_sanitized(name, dtype, rows, k, n):
         check(name, x, weight, bias, residual)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("rows", [2, 20])
 def test_no_bias_and_strided_tensors(name, rows):
