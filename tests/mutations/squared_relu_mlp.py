@@ -14,7 +14,7 @@ MUTANTS = [
     Mutant("the halves of a fragment exchange their rows", "i % 2 == 0 ? &low", "i % 2 == 1 ? &low"),
     Mutant("bf16 is not squared", "__hmul2(values, values);\n      pair", "values;\n      pair"),
     Mutant("fp16 is scaled, not squared", "__hmul2(scaled, scaled)", "scaled"),
-    Mutant("fp32 is not squared", "relu[i] *= relu[i];", ""),
+    Mutant("fp32 is not squared", "relu[i] *= relu[i];", "{}"),
     Mutant(
         "neuron-major chunks are off by one", "(warp_col + j * 16) / 8 + lane / 16", "(warp_col + j * 16) / 8", GEMM
     ),
