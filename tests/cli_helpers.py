@@ -37,7 +37,9 @@ def tiny_model(folder: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    """Runs a command line here; the threads that it sets are its own."""
+    """Runs a command line here, on the CPU unless it says otherwise; the threads that it sets are its own."""
+    if arguments[:1] in (("generate",), ("chat",)) and "--device" not in arguments:
+        arguments = (*arguments, "--device", "cpu")
     threads = torch.get_num_threads()
     try:
         return cli.run([str(argument) for argument in arguments])

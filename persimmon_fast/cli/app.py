@@ -61,6 +61,8 @@ def _message(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, UsageError | ValueError | OSError | MemoryError) and str(error):
         return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; three sentences have the sizes
+        return ". ".join(str(error).split(". ")[:3]).rstrip(".") + ": --device cpu runs it in the machine's memory"
     return f"{type(error).__name__}: {error} (--traceback shows where)"
 
 
@@ -156,6 +158,15 @@ DtypeOption = Annotated[
         panel=_RUNNING,
     ),
 ]
+Device = Annotated[
+    str,
+    _option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:N; auto (default): cuda where the CUDA kernels run, else cpu.",
+        panel=_RUNNING,
+    ),
+]
 Threads = Annotated[
     int | None,
     _option(
@@ -197,6 +208,7 @@ def generate(
     seed: Seed = None,
     model: Model = None,
     dtype: DtypeOption = "auto",
+    device: Device = "auto",
     threads: Threads = None,
     no_bos: NoBos = False,
     as_json: Json = False,
@@ -212,6 +224,7 @@ def generate(
         options = Options(
             model=model,
             dtype=dtype,
+            device=device,
             threads=threads,
             max_new_tokens=max_new_tokens,
             greedy=greedy,
@@ -241,6 +254,7 @@ def chat(
     seed: Seed = None,
     model: Model = None,
     dtype: DtypeOption = "auto",
+    device: Device = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     show_traceback: Traceback = False,
@@ -254,6 +268,7 @@ def chat(
         options = Options(
             model=model,
             dtype=dtype,
+            device=device,
             threads=threads,
             max_new_tokens=max_new_tokens,
             greedy=greedy,

@@ -98,7 +98,11 @@ def summary(session: Session, result: Generation) -> list[str]:
         parts += [f"{terminal.rate_text(result.decode_rate)} tok/s", f"{terminal.rate_text(bandwidth / 1e9)} GB/s"]
     if result.prefill_rate is not None:
         parts.append(f"prefill {terminal.rate_text(result.prefill_rate)} tok/s")
-    parts.append(f"peak {terminal.memory_text(measure.peak_memory())}")
+    gpu_memory = session.peak_device_memory()
+    if gpu_memory is None:
+        parts.append(f"peak {terminal.memory_text(measure.peak_memory())}")
+    else:
+        parts.append(f"peak {terminal.memory_text(gpu_memory)} on {session.device}")
     if session.samples:
         parts.append(f"seed {result.seed}")
     return parts
@@ -113,6 +117,7 @@ def as_json(session: Session, prompt: str, result: Generation) -> dict[str, Any]
     return {
         "model": session.name,
         "dtype": session.dtype,
+        "device": str(session.device),
         "threads": session.num_threads,
         "prompt": prompt,
         "text": result.text,
@@ -132,4 +137,5 @@ def as_json(session: Session, prompt: str, result: Generation) -> dict[str, Any]
             "decode_bytes_per_second": None if rate is None else rate * per_token,
         },
         "peak_memory_bytes": measure.peak_memory(),
+        "peak_device_memory_bytes": session.peak_device_memory(),
     }

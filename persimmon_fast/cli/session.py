@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Options:
 
     model: Path | None = None
     dtype: str = "auto"
+    device: str = "auto"
     threads: int | None = None
     max_new_tokens: int | None = None
     greedy: bool = False
@@ -65,6 +67,8 @@ class Options:
         check("--seed", self.seed, lambda x: -(2**63) <= x < 2**63, "an integer of 64 bits")
         if self.dtype not in ("auto", *DTYPE_BYTES):
             raise UsageError(f"--dtype must be auto, {', '.join(DTYPE_BYTES)}, got {self.dtype}")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
+            raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device}")
         if "" in self.stop:
             raise UsageError("--stop must not be empty")
         sampling = {"--sample": self.sample or None} | self._filters
@@ -173,9 +177,16 @@ class StopFilter:
 
 
 class _Stream:
-    """A streamer for `generate`: writes the new text piece by piece and records tokens and times."""
+    """A streamer for `generate`: writes the new text piece by piece and records tokens and times. `synchronize` waits
+    for the model's device."""
 
-    def __init__(self, tokenizer: PersimmonTokenizer, stops: Sequence[str], write: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        tokenizer: PersimmonTokenizer,
+        stops: Sequence[str],
+        write: Callable[[str], object],
+        synchronize: Callable[[], object] = lambda: None,
+    ) -> None:
         self.result_text = ""
         self.token_ids: list[int] = []
         self.started: float | None = None
@@ -183,15 +194,17 @@ class _Stream:
         self.stop_filter = StopFilter(stops)
         self._decoder = StreamingDecoder(tokenizer)
         self._write = write
+        self._synchronize = synchronize
 
     def put(self, value: torch.Tensor) -> None:
         ids = value.flatten().tolist()
         if self.started is None:  # the prompt: decoded so that the text goes on from it, but not written
             for token_id in ids:
                 self._decoder.put(token_id)
+            self._synchronize()  # what a GPU still does is no part of the prefill
             self.started = time.perf_counter()
             return
-        self.last = time.perf_counter()
+        self.last = time.perf_counter()  # a GPU has finished the token: its id is here
         if not self.token_ids:
             self.first = self.last
         self.token_ids += ids
@@ -241,19 +254,35 @@ class Session:
     def _load(self, folder: Path, options: Options) -> None:
         import torch
 
+        from persimmon_fast.cli.device import choose_device
         from persimmon_fast.model import PersimmonForCausalLM
 
+        self.device = torch.device(choose_device(options.device))
         self.model: PersimmonForCausalLM = PersimmonForCausalLM.from_pretrained(
-            folder, dtype=options.dtype, progress=not options.quiet
+            folder, dtype=options.dtype, device=self.device, progress=not options.quiet
         )
+        self._synchronize()
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.costs = model_costs(self.config, self.dtype)
         threads = options.threads
-        if threads is None and self.costs.weight_bytes_per_token < _SMALL_BYTES:
+        if threads is None and self.device.type == "cpu" and self.costs.weight_bytes_per_token < _SMALL_BYTES:
             threads = 1
         if threads is not None:
             torch.set_num_threads(threads)
         self.num_threads = torch.get_num_threads()
+
+    def _synchronize(self) -> None:
+        """Waits until the model's device has done all that it was given."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_device_memory(self) -> int | None:
+        """Most bytes of GPU memory that tensors took so far; None on the CPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
 
     @property
     def max_positions(self) -> int:
@@ -266,14 +295,15 @@ class Session:
 
     def header(self) -> list[str]:
         """What is about to speak, in short parts."""
+        import torch
+
         from persimmon_fast import ops
 
-        parts = [
-            self.name,
-            f"{terminal.count_text(self.costs.total_parameters)} parameters",
-            self.dtype,
-            f"{self.num_threads} thread" + "s" * (self.num_threads != 1),
-        ]
+        parts = [self.name, f"{terminal.count_text(self.costs.total_parameters)} parameters", self.dtype]
+        if self.device.type == "cuda":
+            parts.append(f"{self.device} ({torch.cuda.get_device_name(self.device)})")
+        else:
+            parts += [str(self.device), f"{self.num_threads} thread" + "s" * (self.num_threads != 1)]
         if ops._FORCE_REFERENCE:
             parts.append("reference ops (slow)")
         return [*parts, f"loaded in {self.load_seconds:.1f} s"]
@@ -299,7 +329,7 @@ class Session:
         options = self._options
         # torch's own default seed is a constant: every run would draw the same; few digits, to be typed again
         seed = random.randrange(10**4) if options.seed is None else options.seed
-        stream = _Stream(self.tokenizer, options.stop, write)
+        stream = _Stream(self.tokenizer, options.stop, write, self._synchronize)
         result = Generation(prompt_tokens=len(ids), seed=seed)
         try:
             output = self.model.generate(
