@@ -6,6 +6,7 @@ Machines without a GPU pretend to have some: `gpus` answers in torch's place. A 
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from cli_helpers import PROMPT, generated, run, tiny_model
-from helpers import CUDA
+from helpers import CUDA, DTYPES, EMU, backend
 
-from persimmon_fast import _C, SMALL_MODEL, PersimmonForCausalLM
-from persimmon_fast.cli import session, terminal
+from persimmon_fast import _C, SMALL_MODEL, PersimmonForCausalLM, measure
+from persimmon_fast.cli import doctor, selfcheck, session, terminal
 from persimmon_fast.cli.device import choose_device
 
 DEFAULT_ARCHS = "80-real, 90a-real, 90-virtual"
@@ -234,7 +235,94 @@ def test_a_model_that_a_gpu_cannot_hold_says_what_to_do(
     )
 
 
+# ---- doctor ----
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_READ_BYTES", 2**24)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("capabilities", "archs", "device", "auto"),
+    [
+        ([], DEFAULT_ARCHS, "no device", "cpu, since torch finds no CUDA device"),
+        ([(9, 0)], "", "GPU 0", "cpu, since persimmon_fast was built without CUDA kernels (nvcc was not found)"),
+        (
+            [(7, 5)],
+            DEFAULT_ARCHS,
+            "GPU 0",
+            "cpu, since cuda:0 (GPU 0) has compute capability 7.5, the",
+        ),
+        ([(9, 0)], DEFAULT_ARCHS, "GPU 0", "cuda:0"),
+    ],
+)
+def test_doctor_says_why_cuda_is_not_used(
+    gpus: Pretend, capabilities: list[tuple[int, int]], archs: str, device: str, auto: str
+) -> None:
+    gpus(*capabilities, archs=archs)
+    facts = doctor.runtime_facts()
+    assert facts["CUDA device"] == device
+    assert facts["--device auto"].startswith(auto)
+    assert ("since" in facts["--device auto"]) == (choose_device("auto") == "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine whose GPU is only pretended")
+@pytest.mark.usefixtures("quick")
+def test_doctor_checks_the_ops_on_both_devices(gpus: Pretend, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pretended GPU takes no tensor, so every check on it fails, and none on the CPU."""
+    gpus((9, 0))
+    assert run("doctor", "--json") == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    verdicts = {(check["device"], check["ok"]) for check in checks}
+    assert verdicts == {("cpu", True), ("cuda:0", False)}
+    assert len(checks) == 2 * len(DTYPES) * len(selfcheck.registered_ops())
+    assert run("doctor") == 1
+    shown = capsys.readouterr().out
+    on_cpu, _, on_gpu = shown.partition("Ops on cpu against their reference")[2].partition(
+        "Ops on cuda:0 against their reference"
+    )
+    assert (on_cpu.count("ok "), on_cpu.count("FAILED")) == (39, 0)
+    assert (on_gpu.count("ok "), on_gpu.count("FAILED")) == (0, 39)
+    assert "layer_norm in float32, float16, bfloat16 on cuda:0: " in shown
+    assert "39 of 78 checks of 13 ops failed" in shown
+
+
+def test_doctor_names_an_op_without_a_kernel_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch to a backend without a kernel: "meta" stands for it, which an op of this test lacks."""
+    library = torch.library.Library("persimmon_fast", "FRAGMENT")
+    library.define("cpu_only(Tensor x) -> Tensor")
+    library.impl("cpu_only", torch.clone, "CPU")
+    case = selfcheck._Case(lambda dtype: (torch.ones(2, dtype=dtype),), torch.clone)
+    monkeypatch.setitem(selfcheck._CASES, "cpu_only", case)
+    try:
+        assert selfcheck.check("cpu_only", torch.float32, "cpu").ok
+        assert selfcheck.check("cpu_only", torch.float32, "meta").detail == "this build has no META kernel for it"
+    finally:
+        library._destroy()
+
+
+@pytest.mark.parametrize("name", [EMU])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_cuda_kernels_take_the_inputs_of_doctor(name: str, dtype: torch.dtype) -> None:
+    """On a GPU doctor gives them to the CUDA kernels; here the emulated ones get the same."""
+    with backend(name) as device:
+        for op in selfcheck.registered_ops():
+            error, bound = selfcheck.compare(op, getattr(torch.ops.persimmon_fast_emu, op), dtype, device)
+            assert error <= bound, op
+
+
 # ---- on a GPU ----
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("device", [CUDA])
+def test_doctor_finds_every_op_well_on_a_gpu(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--json") == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert {check["device"] for check in checks} == {"cpu", "cuda:0"}
+    assert [check for check in checks if not check["ok"]] == []
 
 
 @pytest.mark.parametrize("device", [CUDA])

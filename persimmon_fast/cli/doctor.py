@@ -33,9 +33,11 @@ def run(as_json: bool) -> int:
     """Prints everything and returns 1 if a check failed."""
     with terminal.transient_line("Looking at this machine ...", not as_json):
         from persimmon_fast.cli import selfcheck
+        from persimmon_fast.cli.device import choose_device
 
         build, runtime, environment = build_facts(), runtime_facts(), environment_facts()
-        checks = list(selfcheck.run_checks())
+        devices = dict.fromkeys(["cpu", choose_device("auto")])
+        checks = [check for device in devices for check in selfcheck.run_checks(device)]
     failed = [check for check in checks if not check.ok]
     if as_json:
         print(
@@ -75,9 +77,10 @@ def runtime_facts() -> dict[str, str]:
     import torch
 
     from persimmon_fast import _C, measure
+    from persimmon_fast.cli.device import cuda_problem
 
     active, best = _C.cpu_isa(), _C.best_cpu_isa()
-    cuda = f"{torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no device"
+    problem = cuda_problem()
     return {
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -86,7 +89,8 @@ def runtime_facts() -> dict[str, str]:
         "memory": f"{bytes_text(measure.total_memory())}, {bytes_text(measure.available_memory())} available",
         "read bandwidth": f"{measure.read_bandwidth() / 1e9:.1f} GB/s",
         "matmul": f"{measure.matmul_flops(torch.bfloat16, 1024) / 1e12:.2f} TFLOP/s in bfloat16",
-        "CUDA device": cuda,
+        "CUDA device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no device",
+        "--device auto": "cuda:0" if problem is None else f"cpu, since {problem}",
     }
 
 
@@ -112,15 +116,16 @@ def _print(sections: dict[str, dict[str, str]], checks: Sequence[Check], failed:
         out.print(title, style=f"bold {terminal.ACCENT}")
         out.print(terminal.facts(values))
         out.print()
-    out.print("Ops against their reference", style=f"bold {terminal.ACCENT}", end="")
-    out.print("  share of the error bound used", style="dim")
-    out.print(_table(checks))
-    out.print()
-    reasons: dict[tuple[str, str], list[str]] = {}
+    for device in dict.fromkeys(check.device for check in checks):
+        out.print(f"Ops on {device} against their reference", style=f"bold {terminal.ACCENT}", end="")
+        out.print("  share of the error bound used", style="dim")
+        out.print(_table([check for check in checks if check.device == device]))
+        out.print()
+    reasons: dict[tuple[str, str, str], list[str]] = {}
     for check in failed:
-        reasons.setdefault((check.op, check.detail), []).append(check.dtype)
-    for (op, detail), dtypes in reasons.items():
-        out.print(f"{op} in {', '.join(dtypes)}: {detail}", style="red", soft_wrap=True)
+        reasons.setdefault((check.op, check.device, check.detail), []).append(check.dtype)
+    for (op, device, detail), dtypes in reasons.items():
+        out.print(f"{op} in {', '.join(dtypes)} on {device}: {detail}", style="red", soft_wrap=True)
     num_ops = len({check.op for check in checks})
     if failed:
         out.print(f"{len(failed)} of {len(checks)} checks of {num_ops} ops failed", style="bold red")
@@ -130,6 +135,7 @@ def _print(sections: dict[str, dict[str, str]], checks: Sequence[Check], failed:
 
 
 def _table(checks: Sequence[Check]) -> Table:
+    """A row for each op, a column for each dtype, of the checks of one device."""
     dtypes = list(dict.fromkeys(check.dtype for check in checks))
     found = {(check.op, check.dtype): check for check in checks}
     table = terminal.table("op", *dtypes)

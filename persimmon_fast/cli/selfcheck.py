@@ -1,8 +1,8 @@
-"""A quick check of every compiled op against its definition in `reference`: small inputs, every dtype.
+"""A quick check of every compiled op against its definition in `reference`: small inputs, every dtype, any device.
 
 The list of ops comes from the extension itself, so an op without a case here fails. The kernels are called directly:
 PERSIMMON_FAST_FORCE_REFERENCE cannot make a check pass. The bound is that of the tests: twice the error of plain torch
-(the reference in the tested dtype) against the reference in fp64, plus two roundings of the result's dtype.
+(the reference in the tested dtype, on the CPU) against the reference in fp64, plus two roundings of the result's dtype.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _LENGTHS_Q, _LENGTHS_K = [3, 2], [21, 2]  # of two sequences: one longer than a 
 
 @dataclass(frozen=True)
 class Check:
-    """One op in one dtype: error and bound of the worst output, or why it did not run."""
+    """One op in one dtype on one device: error and bound of the worst output, or why it did not run."""
 
     op: str
     dtype: str
+    device: str
     ok: bool
     error: float | None = None
     bound: float | None = None
@@ -53,36 +54,38 @@ def registered_ops() -> list[str]:
     return sorted({name.removeprefix(NAMESPACE).split(".")[0] for name in names if name.startswith(NAMESPACE)})
 
 
-def run_checks() -> Iterator[Check]:
-    """Checks every registered op, and every case, in every dtype."""
+def run_checks(device: str) -> Iterator[Check]:
+    """Checks every registered op, and every case, in every dtype on one device."""
     for op in sorted({*registered_ops(), *_CASES}):
         for dtype in DTYPES:
-            yield check(op, dtype)
+            yield check(op, dtype, device)
 
 
-def check(op: str, dtype: torch.dtype) -> Check:
-    """Checks one op in one dtype on the CPU."""
+def check(op: str, dtype: torch.dtype, device: str) -> Check:
+    """Checks one op in one dtype on "cpu" or "cuda:N"."""
     name = str(dtype).removeprefix("torch.")
     if op not in _CASES:
-        return Check(op, name, ok=False, detail="no self-check covers this op")
+        return Check(op, name, device, ok=False, detail="no self-check covers this op")
     try:
-        error, bound = _compare(_CASES[op], getattr(torch.ops.persimmon_fast, op), dtype)
+        error, bound = compare(op, getattr(torch.ops.persimmon_fast, op), dtype, device)
     except NotImplementedError:
-        return Check(op, name, ok=False, detail="this build has no CPU kernel for it")
+        backend = torch.device(device).type.upper()
+        return Check(op, name, device, ok=False, detail=f"this build has no {backend} kernel for it")
     except Exception as failure:  # whatever is wrong with an op belongs in the table
-        return Check(op, name, ok=False, detail=f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
+        return Check(op, name, device, ok=False, detail=f"{type(failure).__name__}: {str(failure).splitlines()[0]}")
     ok = error <= bound  # False for NaN
     detail = "" if ok else f"error {error:.1e} exceeds {bound:.1e}"
-    return Check(op, name, ok, error, bound, detail)
+    return Check(op, name, device, ok, error, bound, detail)
 
 
 @torch.no_grad()
-def _compare(case: _Case, op: Callable[..., Any], dtype: torch.dtype) -> tuple[float, float]:
-    """(error, bound) of the output that is worst in proportion to its bound."""
+def compare(name: str, op: Callable[..., Any], dtype: torch.dtype, device: str) -> tuple[float, float]:
+    """(error, bound) of the output of `op` that is worst in proportion to its bound, on the inputs of the op `name`."""
+    case = _CASES[name]
     wide = [_widened(argument) for argument in case.inputs(dtype)]
     expected = _outputs(case.expected(*wide))
     plain = _outputs(case.expected(*case.inputs(dtype)))
-    actual = _outputs(case.actual(op, *case.inputs(dtype)))
+    actual = [output.cpu() for output in _outputs(case.actual(op, *_moved(case.inputs(dtype), device)))]
     worst, worst_share = (0.0, 0.0), -1.0
     for got, near, exact in zip(actual, plain, expected, strict=True):
         if got.shape != exact.shape:
@@ -107,6 +110,11 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _outputs(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _moved(arguments: tuple[Any, ...], device: str) -> list[Any]:
+    """Arguments on a device; strides are kept."""
+    return [argument.to(device) if isinstance(argument, Tensor) else argument for argument in arguments]
 
 
 def _widened(argument: Any) -> Any:
