@@ -94,7 +94,8 @@ def _run(step: _Step) -> None:
     if _is_fresh(step):
         return
     step.output.parent.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(step.command, capture_output=True, text=True, check=False)
+    env = os.environ | {"CCACHE_BASEDIR": str(ROOT), "CCACHE_NOHASHDIR": "1"}  # one cache for all checkouts
+    result = subprocess.run(step.command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{shlex.join(step.command)}\n{result.stderr[:8000]}")
     if result.stderr:
