@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DTYPES, ISAS, assert_within_contract, backend, randn
+from helpers import BACKENDS, DTYPES, EMU, ISAS, assert_within_contract, backend, randn
 from test_flash_attention import GPU_KERNELS, SANITIZED_DTYPES, cu_seqlens, packed, plain_torch
 
 from persimmon_fast import ops, reference
@@ -79,6 +79,15 @@ def test_keys_are_split(name, dtype, head_dim, lengths_q, lengths_k):
         check(lengths_q, lengths_k, dtype, name, device, head_dim=head_dim, num_heads=1)
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", GPU_KERNELS)
+@pytest.mark.parametrize("page_size", [1, 24, 128])
+@pytest.mark.parametrize("lengths_q", [[2], [17]])
+def test_pages_of_any_size(name, page_size, lengths_q):
+    with backend(name) as device:
+        check(lengths_q, [130], torch.bfloat16, name, device, page_size=page_size, num_heads=2)
+
+
 @pytest.mark.parametrize("name", GPU_KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_keys", [16, 17, 63, 64, 65, 127, 129, 511, 512, 513])
@@ -139,7 +148,7 @@ def test_one_query_per_sequence_is_the_default(name, dtype):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("num_keys", [60, 600])
+@pytest.mark.parametrize("num_keys", [60, pytest.param(600, marks=pytest.mark.sanitize)])
 def test_nan_and_inf_reach_the_queries_that_see_them_and_no_other(name, dtype, value, num_keys):
     with backend(name) as device:
         q, _, _, *cache = paged_inputs([9], [num_keys], dtype, num_heads=2, device=device)
@@ -168,6 +177,18 @@ def test_softmax_scale(name, dtype, scale):
         expected = reference.attention(q.double(), k.double(), v.double(), scale, True)[0]
         plain = plain_torch((q.double() * scale * 8).to(dtype), k, v, True)
         assert_within_contract(out, expected, plain, f"{name} {scale}")
+
+
+@pytest.mark.parametrize("name", [EMU])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_matrix_loads_have_no_bank_conflicts(name, head_dim):
+    q, _, _, *cache = paged_inputs([3], [150], torch.bfloat16, num_heads=1, head_dim=head_dim)
+    with backend(name):
+        before = torch.ops.persimmon_fast_emu.stats()
+        run(q, *cache, [3])
+        after = torch.ops.persimmon_fast_emu.stats()
+    wavefronts, ideal = (after[key] - before[key] for key in ("ldmatrix_wavefronts", "ldmatrix_wavefronts_ideal"))
+    assert wavefronts == ideal > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

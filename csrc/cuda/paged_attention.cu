@@ -318,8 +318,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionPara
     const int num_visible[2] = {visible[0] - key_begin, visible[1] - key_begin};
     state.attend(ptx::smem_u32(loader.stage(slice_idx)), r_q, num_visible, scale_log2);
   }
-  ptx::cp_async_wait<0>();
-  __syncwarp();  // before the ring is written with results
+  __syncwarp();  // before the ring, whose slices have all been waited for, is written with results
 
   float* s_merge = reinterpret_cast<float*>(s_ring);
   constexpr int kWarpStride = kWarpElements / 2;  // floats
