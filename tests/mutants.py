@@ -19,7 +19,17 @@ from typing import NamedTuple
 import emulator
 
 ROOT = emulator.ROOT
-FAMILIES = ["layer_norm", "linear_residual", "lm_head", "sample", "qk_norm_rope", "qkv_norm_rope", "squared_relu_mlp"]
+FAMILIES = [
+    "layer_norm",
+    "linear_residual",
+    "lm_head",
+    "sample",
+    "qk_norm_rope",
+    "qkv_norm_rope",
+    "squared_relu_mlp",
+    "flash_attention",
+    "paged_attention",
+]
 RUNS = {
     "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
     "asan": ("asan", {"PF_EMU_ASYNC": "late"}),
