@@ -358,7 +358,7 @@ def squared_relu_mlp(
     """
     if not _use_kernel("squared_relu_mlp", x, up_weight, up_bias, down_weight, down_bias, residual):
         return reference.squared_relu_mlp(x, up_weight, up_bias, down_weight, down_bias, residual)
-    if down_weight.stride(0) != 1 and down_weight.shape[0] > 1:
+    if down_weight.device.type == "cpu" and down_weight.stride(0) != 1 and down_weight.shape[0] > 1:
         _warn_once(
             "persimmon_fast.squared_relu_mlp: down_weight lies in [hidden_size, intermediate_size] order, so zeros "
             "cannot be skipped; lay it out once with persimmon_fast.ops.to_neuron_major(down_weight)."
