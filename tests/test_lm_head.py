@@ -129,6 +129,18 @@ def test_argmax_is_the_lowest_of_equal_logits_and_nan_wins(name, num_rows, dtype
             assert logprobs.isnan().all()
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", BACKENDS)
+def test_nothing_beyond_the_vocabulary_beats_negative_logits(name):
+    with backend(name) as device:
+        logits = -5 - randn(2, 130, seed=6).abs().to(device)
+        x, weight = exact_head(logits)
+        token_ids, logprobs = ops.lm_head_argmax(x, weight)
+        assert torch.equal(token_ids, logits.argmax(-1))
+        assert (logprobs - logits.log_softmax(-1).amax(-1)).abs().max() < 1e-5
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", BACKENDS)
 def test_zeros_of_either_sign_are_equal(name):
     with backend(name) as device:

@@ -89,12 +89,13 @@ def test_takes_the_token_of_the_reference_on_tiles(name, penalised, vocab_size, 
     check_every_filter(name, penalised, vocab_size, 1, cases)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", [EMU, CUDA])
 def test_takes_the_token_of_the_reference_in_several_blocks(name):
     """More than 32 tiles; the nucleus ends in the second block."""
     vocab_size = 4300
     values = torch.cat([randn(4200, seed=3), torch.full((100,), 4.0)])
-    filters = [{}, {"top_p": 0.3}, {"top_p": 0.95}, {"top_k": 130}, {"top_k": 3, "top_p": 0.5}, {"temperature": 30.0}]
+    filters = [*[{"top_p": 0.6}] * 4, {"top_k": 130, "top_p": 0.7}, {"temperature": 30.0}]
     x, weight = exact_head(values.repeat(len(filters), 1))
     rows = [settings(1, **filter_, seed=i) for i, filter_ in enumerate(filters)]
     args = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
@@ -171,6 +172,37 @@ def test_rows_with_nan_or_inf_take_their_argmax(name):
             assert math.isnan(logprobs.item())
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", BACKENDS)
+def test_min_p_is_not_rounded_down(name):
+    with backend(name) as device:
+        # log(0.5) to fp32 lies below log(0.5), so the second token is less than half as likely as the first
+        x, weight = exact_head(torch.tensor([[0.0, math.log(0.5)]], device=device))
+        assert weight[1].item() < math.log(0.5)
+        tokens = ops.lm_head_sample(x.expand(20, 1), weight, **settings(20, min_p=0.5, device=device))[0]
+        assert tokens.tolist() == [0] * 20
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", BACKENDS)
+def test_top_p_adds_probabilities_in_fp64(name):
+    second = torch.tensor(-1e-9).item()
+    third = torch.tensor(math.log(1e-9))
+    while math.exp(second) + math.exp(third.item()) < 1 + 2e-14:
+        third = third.nextafter(torch.tensor(0.0))
+    total = 1 + math.exp(second) + math.exp(third.item())
+    assert 0.5 - 1e-13 < 1 / total < 0.5  # the first token alone is not enough, by less than 2^-39
+    x, weight = exact_head(torch.tensor([[0.0, second, third.item()]]))
+    args = settings(20, top_p=0.5)
+    expected = reference.lm_head_sample(x.expand(20, 1), weight, **args, penalty_ids=None, repetition_penalty=None)
+    assert set(expected[0].tolist()) == {0, 1}
+    with backend(name) as device:
+        moved = {key: value.to(device) for key, value in args.items()}
+        tokens = ops.lm_head_sample(x.to(device).expand(20, 1), weight.to(device), **moved)[0]
+    assert torch.equal(tokens.cpu(), expected[0])
+
+
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", [EMU, CUDA])
 def test_wrong_values_give_some_token_on_cuda(name):
     """They are not checked there: docs/kernels/lm_head.md."""

@@ -71,7 +71,8 @@ struct RowStats {
   int32_t token;
 };
 
-// Merges the tiles of one row, by a block of kThreads: in an order that depends on num_tiles alone.
+// Merges the tiles of one row, by a block of kThreads: in an order that depends on num_tiles alone. Where max is
+// finite all threads have read the tiles when one returns.
 template <int kThreads>
 DEV RowStats merge_tiles(const TileStats& tiles, int64_t row, int num_tiles) {
   STATIC_SMEM(u64, s_best, kThreads / kWarpSize);

@@ -124,7 +124,6 @@ DEV uint32_t radix_select(uint32_t k, const Visit& visit) {
   uint32_t prefix_mask = 0;
 #pragma unroll 1
   for (int shift = 24; shift >= 0; shift -= 8) {
-    __syncthreads();  // s_found of the pass before is read
     for (int digit = threadIdx.x; digit < kDigits; digit += kRowThreads) s_count[digit] = 0;
     __syncthreads();
     visit([&](uint32_t key) {
@@ -204,7 +203,6 @@ __global__ void __launch_bounds__(kRowThreads, 2) sample_prepare_kernel(SamplePa
   const int64_t row = blockIdx.x;
   const RowLogits logits = row_logits(p, row);
   const RowStats stats = merge_tiles<kRowThreads>(p.tiles, row, logits.num_tiles);
-  __syncthreads();  // the maxima are read before they are changed
   SampleRow& state = p.rows[row];
   const float temperature = p.temperature[row];
   const bool greedy = !(temperature > 0.0f);

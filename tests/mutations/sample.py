@@ -16,12 +16,6 @@ MUTANTS = [
         "place = value;",
         tests=TESTS,
     ),
-    Mutant(
-        "the maxima are changed while they are merged",
-        "  __syncthreads();  // the maxima are read",
-        "  // the maxima are read",
-        tests=TESTS,
-    ),
     Mutant("a ballot orders memory", "    __syncwarp();  // body may", "    // body may", tests=TESTS),
     Mutant(
         "tiles keep the maximum of the bare logits",
@@ -37,12 +31,6 @@ MUTANTS = [
     ),
     Mutant("the k-th largest is the k+1-th", "s_found[1] = k - above;", "s_found[1] = k - above + 1;", tests=TESTS),
     Mutant("radix select counts all prefixes", "(key & prefix_mask) == prefix", "true", tests=TESTS),
-    Mutant(
-        "no barrier before the digits are counted anew",
-        "    __syncthreads();  // s_found of the pass before is read\n",
-        "",
-        tests=TESTS,
-    ),
     Mutant(
         "min_p is rounded to nearest",
         "return rounded < bound ? nextafterf(rounded, INFINITY) : rounded;",
