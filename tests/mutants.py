@@ -74,6 +74,9 @@ def write_overlay(name: str) -> Path:
     overlay = emulator.FOLDER / "mutants" / name
     path = overlay / file
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in overlay.glob("csrc/**/*.*"):  # by an earlier mutant of this number
+        if left != path:
+            left.unlink()
     edited = source.replace(mutant.old, mutant.new)
     if not path.exists() or path.read_text() != edited:
         path.write_text(edited)

@@ -62,6 +62,12 @@ def test_layer_norm():
     assert_rows(ops.layer_norm(x, weight, bias)[kept], reference.layer_norm, x[kept], weight, bias, 1e-5)
 
 
+def test_more_rows_than_thread_blocks_are_refused():
+    one = torch.ones(1, dtype=DTYPE, device="cuda")
+    with pytest.raises(ValueError, match=r"layer_norm: the tensors are too large for one launch .2\^31 - 1 thread"):
+        ops.layer_norm(one.expand(2**33, 1), one, one)  # four rows to a block; the output alone is 17 GB
+
+
 def test_add_layer_norm():
     x, residual, weight, bias = normal(ROWS, HIDDEN), normal(ROWS, HIDDEN), normal(HIDDEN), normal(HIDDEN)
     kept = rows_around_the_limit(ROWS)

@@ -31,6 +31,7 @@
 #include <type_traits>
 
 #include "csrc/cuda/attention.cuh"
+#include "csrc/cuda/dispatch.h"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -345,18 +346,15 @@ __global__ void __launch_bounds__(kThreads) flash_attention_fp32_kernel(Attentio
   }
 }
 
-template <typename scalar_t>
+template <typename scalar_t, int kHeadDim>
 cudaError_t launch_typed(AttentionParams p, cudaStream_t stream) {
   const unsigned num_blocks = static_cast<unsigned>(flash_attention_num_blocks(p));
   p.aligned = rows_are_aligned<scalar_t>(p);
-  const bool narrow = p.head_dim == 64;
   if constexpr (std::is_same_v<scalar_t, float>) {
-    const auto kernel = narrow ? flash_attention_fp32_kernel<64> : flash_attention_fp32_kernel<128>;
-    return launch("flash_attention_fp32", kernel, num_blocks, kThreads, 0, stream, p);
+    return launch("flash_attention_fp32", flash_attention_fp32_kernel<kHeadDim>, num_blocks, kThreads, 0, stream, p);
   } else {
-    const auto kernel = narrow ? flash_attention_kernel<scalar_t, 64> : flash_attention_kernel<scalar_t, 128>;
-    const size_t smem_bytes = narrow ? kSmemBytes<64> : kSmemBytes<128>;
-    return launch("flash_attention", kernel, num_blocks, kThreads, smem_bytes, stream, p);
+    return launch("flash_attention", flash_attention_kernel<scalar_t, kHeadDim>, num_blocks, kThreads,
+                  kSmemBytes<kHeadDim>, stream, p);
   }
 }
 
@@ -370,16 +368,12 @@ int64_t flash_attention_num_blocks(const AttentionParams& p) {
 cudaError_t launch_flash_attention(const AttentionParams& params, cudaStream_t stream) {
   const int64_t num_blocks = flash_attention_num_blocks(params);
   if (num_blocks == 0) return cudaSuccess;
-  if (num_blocks > INT32_MAX || (params.head_dim != 64 && params.head_dim != 128)) return cudaErrorInvalidValue;
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(params, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (num_blocks > INT32_MAX) return kTooLarge;
+  return dispatch_dtype(params.dtype, [&](auto scalar) {
+    return dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+      return launch_typed<decltype(scalar), decltype(head_dim)::value>(params, stream);
+    });
+  });
 }
 
 }  // namespace persimmon_fast::cuda

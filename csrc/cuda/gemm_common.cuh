@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "csrc/cuda/device.cuh"
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/gemm_epilogue.cuh"
 #include "csrc/cuda/gemm_tile.h"
 
@@ -65,7 +66,7 @@ cudaError_t launch_tiles(const char* name, void (*kernel)(Params), size_t smem_b
                          const Params& params) {
   const GemmOperands& g = params.operands;
   const int64_t num_blocks = num_tiles(g.m, Shape::kBlockM) * num_tiles(g.n, Shape::kBlockN);
-  if (num_blocks > INT32_MAX || g.k > (1 << 30)) return cudaErrorInvalidValue;  // 32-bit indices inside k
+  if (num_blocks > INT32_MAX || g.k > (1 << 30)) return kTooLarge;  // 32-bit indices inside k
   return launch(name, kernel, static_cast<unsigned>(num_blocks), Shape::kThreads, smem_bytes, stream, params);
 }
 

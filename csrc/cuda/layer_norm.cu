@@ -24,6 +24,7 @@
 
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
+#include "csrc/cuda/dispatch.h"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -169,7 +170,7 @@ cudaError_t launch_typed(const LayerNormParams& p, cudaStream_t stream) {
   const int64_t num_blocks = warp_per_row ? (p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock : p.num_rows;
   // Columns are 32-bit inside a row, with room for one tile past its end; offsets of rows are 64-bit.
   constexpr int64_t kMaxTile = int64_t{kMaxThreads} * kChunk * kHeldChunks<false>;
-  if (num_blocks > INT32_MAX || p.hidden_size > INT32_MAX - kMaxTile) return cudaErrorInvalidValue;
+  if (num_blocks > INT32_MAX || p.hidden_size > INT32_MAX - kMaxTile) return kTooLarge;
   // Two chunks per thread while that gives a block of allowed size: for the model's 4096 columns 256 threads in 16-bit
   // types and 512 in fp32.
   const int64_t wanted_threads = ((num_chunks + 1) / 2 + kWarpSize - 1) / kWarpSize * kWarpSize;
@@ -186,15 +187,7 @@ cudaError_t launch_typed(const LayerNormParams& p, cudaStream_t stream) {
 
 cudaError_t launch_layer_norm(const LayerNormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(params, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, [&](auto scalar) { return launch_typed<decltype(scalar)>(params, stream); });
 }
 
 }  // namespace persimmon_fast::cuda

@@ -11,6 +11,7 @@
 // Source    gemm.cuh
 #include "csrc/cuda/linear_residual.h"
 
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/gemm.cuh"
 
 namespace persimmon_fast::cuda {
@@ -34,15 +35,7 @@ cudaError_t launch_typed(const LinearResidualParams& p, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_linear_residual(const LinearResidualParams& params, cudaStream_t stream) {
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(params, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, [&](auto scalar) { return launch_typed<decltype(scalar)>(params, stream); });
 }
 
 }  // namespace persimmon_fast::cuda

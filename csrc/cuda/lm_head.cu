@@ -17,6 +17,7 @@
 //           2024, Cut your losses in large-vocabulary language models, arXiv:2411.09009; written for this project
 #include "csrc/cuda/lm_head.h"
 
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/gemm.cuh"
 #include "csrc/cuda/lm_head_stats.cuh"
 
@@ -112,21 +113,13 @@ __global__ void __launch_bounds__(kMergeThreads, 4) lm_head_merge_kernel(LmHeadM
 }  // namespace
 
 cudaError_t launch_lm_head(const LmHeadParams& params, cudaStream_t stream) {
-  if (params.vocab_size > INT32_MAX - kVocabTile) return cudaErrorInvalidValue;
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch_typed<float>(params, stream);
-    case DType::kFloat16:
-      return launch_typed<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_typed<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (params.vocab_size > INT32_MAX - kVocabTile) return kTooLarge;
+  return dispatch_dtype(params.dtype, [&](auto scalar) { return launch_typed<decltype(scalar)>(params, stream); });
 }
 
 cudaError_t launch_lm_head_merge(const LmHeadMergeParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  if (params.num_rows > INT32_MAX) return cudaErrorInvalidValue;
+  if (params.num_rows > INT32_MAX) return kTooLarge;
   return launch("lm_head_merge", lm_head_merge_kernel, static_cast<unsigned>(params.num_rows), kMergeThreads, 0, stream,
                 params);
 }

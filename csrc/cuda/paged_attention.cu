@@ -30,6 +30,7 @@
 #include <cstdint>
 
 #include "csrc/cuda/attention.cuh"
+#include "csrc/cuda/dispatch.h"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -406,18 +407,18 @@ int64_t paged_attention_num_blocks(const AttentionParams& p) {
 
 cudaError_t launch_paged_attention(const AttentionParams& params, cudaStream_t stream) {
   if (params.batch_size == 0 || params.num_heads == 0 || params.max_seqlen_q == 0) return cudaSuccess;
-  if (paged_attention_num_blocks(params) > INT32_MAX || params.max_seqlen_q > kPagedMaxQueries) {
-    return cudaErrorInvalidValue;
-  }
-  const bool half = params.dtype == DType::kFloat16;
-  if (!half && params.dtype != DType::kBFloat16) return cudaErrorInvalidValue;
-  if (params.head_dim == 64) {
-    return half ? launch_typed<__half, 64>(params, stream) : launch_typed<__nv_bfloat16, 64>(params, stream);
-  }
-  if (params.head_dim == 128) {
-    return half ? launch_typed<__half, 128>(params, stream) : launch_typed<__nv_bfloat16, 128>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (paged_attention_num_blocks(params) > INT32_MAX) return kTooLarge;
+  if (params.max_seqlen_q > kPagedMaxQueries) return cudaErrorInvalidValue;
+  return dispatch_dtype(params.dtype, [&](auto scalar) {
+    using scalar_t = decltype(scalar);
+    return dispatch_head_dim(params.head_dim, [&](auto head_dim) {
+      if constexpr (std::is_same_v<scalar_t, float>) {
+        return cudaErrorInvalidValue;  // the flash kernel's
+      } else {
+        return launch_typed<scalar_t, decltype(head_dim)::value>(params, stream);
+      }
+    });
+  });
 }
 
 }  // namespace persimmon_fast::cuda

@@ -16,6 +16,7 @@
 //           Ba et al. 2016, Layer Normalization, arXiv:1607.06450; kernel written for this project
 #include "csrc/cuda/qk_norm_rope.h"
 
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/norm_rope.cuh"
 
 namespace persimmon_fast::cuda {
@@ -77,32 +78,17 @@ cudaError_t launch_typed(const QkNormRopeParams& p, cudaStream_t stream) {
                  : launch_kernel<scalar_t, kHeadDim, kVec, false>(p, stream);
 }
 
-template <typename scalar_t>
-cudaError_t launch_head_dim(const QkNormRopeParams& p, cudaStream_t stream) {
-  switch (p.head.head_dim) {
-    case 64:
-      return launch_typed<scalar_t, 64>(p, stream);
-    case 128:
-      return launch_typed<scalar_t, 128>(p, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t launch_qk_norm_rope(const QkNormRopeParams& params, cudaStream_t stream) {
   if (params.head.num_tokens == 0 || params.head.num_heads == 0) return cudaSuccess;
   // Items are 32-bit inside the kernel. 2^31 heads of q and k are half a terabyte and more.
-  if (params.head.num_tokens > INT32_MAX / params.head.num_heads) return cudaErrorInvalidValue;
-  switch (params.head.dtype) {
-    case DType::kFloat32:
-      return launch_head_dim<float>(params, stream);
-    case DType::kFloat16:
-      return launch_head_dim<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_head_dim<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  if (params.head.num_tokens > INT32_MAX / params.head.num_heads) return kTooLarge;
+  return dispatch_dtype(params.head.dtype, [&](auto scalar) {
+    return dispatch_head_dim(params.head.head_dim, [&](auto head_dim) {
+      return launch_typed<decltype(scalar), decltype(head_dim)::value>(params, stream);
+    });
+  });
 }
 
 }  // namespace persimmon_fast::cuda

@@ -21,6 +21,7 @@
 // Source    gemm.cuh, norm_rope.cuh; slots of a paged cache as in vLLM (Kwon et al. 2023, arXiv:2309.06180)
 #include "csrc/cuda/qkv_norm_rope.h"
 
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/gemm.cuh"
 #include "csrc/cuda/norm_rope.cuh"
 
@@ -130,29 +131,14 @@ cudaError_t launch_typed(const QkvNormRopeParams& p, cudaStream_t stream) {
                                                           stream);
 }
 
-template <typename scalar_t>
-cudaError_t launch_head_dim(const QkvNormRopeParams& p, cudaStream_t stream) {
-  switch (p.head.head_dim) {
-    case 64:
-      return launch_typed<scalar_t, 64>(p, stream);
-    case 128:
-      return launch_typed<scalar_t, 128>(p, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
 }  // namespace
 
 cudaError_t launch_qkv_norm_rope(const QkvNormRopeParams& params, cudaStream_t stream) {
-  switch (params.head.dtype) {
-    case DType::kFloat32:
-      return launch_head_dim<float>(params, stream);
-    case DType::kFloat16:
-      return launch_head_dim<__half>(params, stream);
-    case DType::kBFloat16:
-      return launch_head_dim<__nv_bfloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return dispatch_dtype(params.head.dtype, [&](auto scalar) {
+    return dispatch_head_dim(params.head.head_dim, [&](auto head_dim) {
+      return launch_typed<decltype(scalar), decltype(head_dim)::value>(params, stream);
+    });
+  });
 }
 
 }  // namespace persimmon_fast::cuda

@@ -33,6 +33,7 @@
 
 #include "csrc/common/philox.h"
 #include "csrc/cuda/device.cuh"
+#include "csrc/cuda/dispatch.h"
 #include "csrc/cuda/lm_head_stats.cuh"
 #include "csrc/cuda/ptx.cuh"
 #include "csrc/cuda/sample_nucleus.cuh"
@@ -371,7 +372,7 @@ __global__ void __launch_bounds__(kFinishThreads) sample_finish_kernel(SamplePar
 cudaError_t launch_sample(const SampleParams& p, cudaStream_t stream) {
   if (p.num_rows == 0) return cudaSuccess;
   if (p.num_rows > UINT16_MAX || p.vocab_size > kMaxSampleVocab || p.num_penalised > INT32_MAX) {
-    return cudaErrorInvalidValue;
+    return kTooLarge;
   }
   const unsigned num_rows = static_cast<unsigned>(p.num_rows);
   const dim3 pass_grid(static_cast<unsigned>(num_draw_blocks(p.vocab_size)), num_rows);

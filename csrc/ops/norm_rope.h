@@ -64,10 +64,6 @@ inline void check_norm_rope(const char* op, const NormRopeArgs& a, const char* l
   check_dense_rows(op, "position_ids", a.position_ids);
 }
 
-inline void check_head_dim_cuda(const char* op, int64_t head_dim) {
-  TORCH_CHECK_VALUE(head_dim == 64 || head_dim == 128, op, ": head_dim must be 64 or 128 on CUDA, got ", head_dim);
-}
-
 // Reads values: for CPU tensors.
 inline void check_positions_cpu(const char* op, const NormRopeArgs& a) {
   const int64_t num_positions = a.cos_sin.size(0);

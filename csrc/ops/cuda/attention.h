@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/attention_params.h"
 #include "csrc/ops/attention_checks.h"
+#include "csrc/ops/cuda/device.h"
 
 namespace persimmon_fast {
 
@@ -10,7 +11,7 @@ namespace persimmon_fast {
 inline cuda::AttentionParams cuda_attention_params(const char* op, const at::Tensor& q, const at::Tensor& cu_seqlens_q,
                                                    int64_t max_seqlen_q, double softmax_scale, bool causal,
                                                    const at::Tensor& out) {
-  TORCH_CHECK_VALUE(q.size(2) == 64 || q.size(2) == 128, op, ": head_dim must be 64 or 128 on CUDA, got ", q.size(2));
+  check_head_dim_cuda(op, q.size(2));
   TORCH_CHECK_VALUE(q.size(1) <= INT32_MAX, op, ": q has too many heads: ", q.size(1));
   cuda::AttentionParams p{};
   p.q = q.const_data_ptr();

@@ -20,8 +20,6 @@ inline int num_multiprocessors() { return 8; }  // few, so that small tests give
 
 }  // namespace persimmon_fast
 
-#define PF_CUDA_CHECK(call) TORCH_CHECK((call) == cudaSuccess, "a launch was refused")
-
 #else
 
 #include <c10/cuda/CUDAException.h>
@@ -50,6 +48,26 @@ inline int num_multiprocessors() {
 
 }  // namespace persimmon_fast
 
-#define PF_CUDA_CHECK(call) C10_CUDA_CHECK(call)
-
 #endif
+
+#include "csrc/cuda/dispatch.h"
+
+namespace persimmon_fast {
+
+// Of what a launcher returned.
+inline void check_launch(const char* op, cudaError_t error) {
+  TORCH_CHECK_VALUE(
+      error != cuda::kTooLarge, op,
+      ": the tensors are too large for one launch (2^31 - 1 thread blocks): call it for parts of the rows");
+#ifdef PF_EMULATE
+  TORCH_CHECK(error == cudaSuccess, op, ": the launch was refused");
+#else
+  C10_CUDA_CHECK(error);
+#endif
+}
+
+inline void check_head_dim_cuda(const char* op, int64_t head_dim) {
+  TORCH_CHECK_VALUE(head_dim == 64 || head_dim == 128, op, ": head_dim must be 64 or 128 on CUDA, got ", head_dim);
+}
+
+}  // namespace persimmon_fast

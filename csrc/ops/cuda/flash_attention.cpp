@@ -27,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_cuda(const at::Tensor& q, con
   p.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
   p.seqlens_k = static_cast<const int32_t*>(data_or_null(seqused_k));
   check_num_blocks(kFlashAttention, p, cuda::flash_attention_num_blocks(p));
-  PF_CUDA_CHECK(cuda::launch_flash_attention(p, current_stream()));
+  check_launch(kFlashAttention, cuda::launch_flash_attention(p, current_stream()));
   return {out, lse};
 }
 

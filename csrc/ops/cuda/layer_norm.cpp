@@ -7,7 +7,7 @@
 namespace persimmon_fast {
 namespace {
 
-void run_cuda(const LayerNormParams& p) { PF_CUDA_CHECK(cuda::launch_layer_norm(p, current_stream())); }
+void run_cuda(const LayerNormParams& p) { check_launch("layer_norm", cuda::launch_layer_norm(p, current_stream())); }
 
 at::Tensor layer_norm_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, double eps) {
   const DeviceGuard guard(x.device());

@@ -25,7 +25,7 @@ at::Tensor linear_residual_cuda(const at::Tensor& x, const at::Tensor& weight, c
   p.residual_row_stride = residual.stride(0);
   p.num_multiprocessors = num_multiprocessors();
   p.dtype = dtype_tag(x);
-  PF_CUDA_CHECK(cuda::launch_linear_residual(p, current_stream()));
+  check_launch("linear_residual", cuda::launch_linear_residual(p, current_stream()));
   return out;
 }
 

@@ -76,8 +76,8 @@ void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, 
     } else {
       merge.token_ids = token_ids + row;
     }
-    PF_CUDA_CHECK(cuda::launch_lm_head(head, current_stream()));
-    PF_CUDA_CHECK(cuda::launch_lm_head_merge(merge, current_stream()));
+    check_launch(op, cuda::launch_lm_head(head, current_stream()));
+    check_launch(op, cuda::launch_lm_head_merge(merge, current_stream()));
   }
 }
 
@@ -147,8 +147,8 @@ std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(const at::Tensor& x, cons
     p.candidate_tokens = candidate_tokens.data();
     p.token_ids = token_ids.mutable_data_ptr<int64_t>() + row;
     p.logprobs = logprobs.mutable_data_ptr<float>() + row;
-    PF_CUDA_CHECK(cuda::launch_lm_head(head, current_stream()));
-    PF_CUDA_CHECK(cuda::launch_sample(p, current_stream()));
+    check_launch("lm_head_sample", cuda::launch_lm_head(head, current_stream()));
+    check_launch("lm_head_sample", cuda::launch_sample(p, current_stream()));
   }
   return {token_ids, logprobs};
 }

@@ -33,7 +33,7 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& k_cache, 
   p.page_size = static_cast<int32_t>(page_size);
   if (p.dtype == DType::kFloat32 || p.max_seqlen_q > cuda::kPagedMaxQueries) {
     check_num_blocks(kPagedAttention, p, cuda::flash_attention_num_blocks(p));
-    PF_CUDA_CHECK(cuda::launch_flash_attention(p, current_stream()));
+    check_launch(kPagedAttention, cuda::launch_flash_attention(p, current_stream()));
     return out;
   }
   const int64_t capacity = page_table.size(1) * page_size;
@@ -47,7 +47,7 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& k_cache, 
     p.partial_out = partials.mutable_data_ptr<float>();
     p.partial_stat = p.partial_out + num_partials * p.head_dim;
   }
-  PF_CUDA_CHECK(cuda::launch_paged_attention(p, current_stream()));
+  check_launch(kPagedAttention, cuda::launch_paged_attention(p, current_stream()));
   return out;
 }
 

@@ -10,7 +10,7 @@ namespace {
 void run_cuda(const char* op, const at::Tensor& q, const at::Tensor& k, const NormRopeArgs& a, const at::Tensor& q_out,
               const at::Tensor& k_out) {
   check_head_dim_cuda(op, q.size(2));
-  PF_CUDA_CHECK(cuda::launch_qk_norm_rope(qk_norm_rope_params(q, k, a, q_out, k_out), current_stream()));
+  check_launch(op, cuda::launch_qk_norm_rope(qk_norm_rope_params(q, k, a, q_out, k_out), current_stream()));
 }
 
 std::tuple<at::Tensor, at::Tensor> qk_norm_rope_cuda(const at::Tensor& q, const at::Tensor& k,

@@ -21,7 +21,7 @@ void run_cuda(const char* op, const QkvOutputs& out, const at::Tensor& x, const 
   p.x_row_stride = x.stride(0);
   p.weight_row_stride = weight.stride(0);
   p.num_multiprocessors = num_multiprocessors();
-  PF_CUDA_CHECK(cuda::launch_qkv_norm_rope(p, current_stream()));
+  check_launch(op, cuda::launch_qkv_norm_rope(p, current_stream()));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_cuda(

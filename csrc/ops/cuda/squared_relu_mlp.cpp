@@ -39,7 +39,7 @@ at::Tensor squared_relu_mlp_cuda(const at::Tensor& x, const at::Tensor& up_weigh
   p.down_is_neuron_major = neuron_major;
   p.num_multiprocessors = num_multiprocessors();
   p.dtype = dtype_tag(x);
-  PF_CUDA_CHECK(cuda::launch_squared_relu_mlp(p, current_stream()));
+  check_launch("squared_relu_mlp", cuda::launch_squared_relu_mlp(p, current_stream()));
   return out;
 }
 
