@@ -375,6 +375,7 @@ def run(args: argparse.Namespace, device: torch.device, skipped: list[dict[str, 
         "limits": {
             "read_bytes_per_s": limits.samples["read bandwidth"],
             "matmul_flops_per_s": limits.samples["matmul peak"],
+            "copy_bytes_per_s": limits.samples.get("copy bandwidth"),
         },
         "sections": sections,
     }

@@ -49,6 +49,20 @@ def read_limit(block: Callable[[], Tensor]) -> Limit:
     return Limit("read bandwidth", read, part)
 
 
+def copy_limit(block: Callable[[], Tensor]) -> Limit:
+    """Copying one part of the memory that block() returns to another, as read_limit reads: bytes read and written. What
+    binds a GPU kernel that writes as much as it reads."""
+    part = min(block().nbytes // 2, _PART) // 4096 * 4096
+
+    def copy(call: int) -> object:
+        memory = block().view(torch.uint8)
+        parts = memory.nbytes // part
+        source, target = (2 * call % parts * part, (2 * call + 1) % parts * part)
+        return memory[target : target + part].copy_(memory[source : source + part])
+
+    return Limit("copy bandwidth", copy, 2.0 * part)
+
+
 def matmul_limit(dtype: torch.dtype, device: torch.device, size: int | None = None) -> Limit:
     """torch.mm of square matrices of normal numbers (zeros would draw less power and run faster on a GPU).
 
@@ -63,13 +77,14 @@ def matmul_limit(dtype: torch.dtype, device: torch.device, size: int | None = No
 
 @dataclass(frozen=True)
 class Limits:
-    """Both limits, with their rates at the start of the run, which decide which of them binds a case.
+    """The limits, with the rates of reading and multiplying at the start of the run, which decide what binds a case.
 
-    samples: by limit, in bytes or flops per second.
+    copy: on GPUs. samples: by limit, in bytes or flops per second.
     """
 
     read: Limit
     matmul: Limit
+    copy: Limit | None
     bytes_per_second: float
     flops_per_second: float
     samples: dict[str, list[float]]
@@ -78,7 +93,12 @@ class Limits:
 def measure_limits(
     block: Callable[[], Tensor], dtype: torch.dtype, timer: Timer, budget: Budget, matmul_size: int | None = None
 ) -> Limits:
-    read, matmul = read_limit(block), matmul_limit(dtype, block().device, matmul_size)
-    seconds = measure({limit.name: limit.variant for limit in (read, matmul)}, timer, budget)
-    samples = {limit.name: [limit.work / s for s in seconds[limit.name]] for limit in (read, matmul)}
-    return Limits(read, matmul, Stats.of(samples[read.name]).median, Stats.of(samples[matmul.name]).median, samples)
+    device = block().device
+    read, matmul = read_limit(block), matmul_limit(dtype, device, matmul_size)
+    copy = copy_limit(block) if device.type == "cuda" else None
+    limits = [limit for limit in (read, matmul, copy) if limit is not None]
+    seconds = measure({limit.name: limit.variant for limit in limits}, timer, budget)
+    samples = {limit.name: [limit.work / s for s in seconds[limit.name]] for limit in limits}
+    return Limits(
+        read, matmul, copy, Stats.of(samples[read.name]).median, Stats.of(samples[matmul.name]).median, samples
+    )

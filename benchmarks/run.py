@@ -96,6 +96,7 @@ def measure_ops(args: argparse.Namespace, timer: Timer, budget: Budget, result: 
     result["limits"] = {
         "read_bytes_per_s": limits.samples["read bandwidth"],
         "matmul_flops_per_s": limits.samples["matmul peak"],
+        "copy_bytes_per_s": limits.samples.get("copy bandwidth"),
     }
     report.print_limits(limits)
     for case in wanted:

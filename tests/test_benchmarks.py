@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import counts, runner, timing
 from benchmarks.cases import PERSIMMON_8B, SMALL, Call, Workspace
-from benchmarks.limits import matmul_limit, read_limit
+from benchmarks.limits import copy_limit, matmul_limit, measure_limits, read_limit
 from benchmarks.timing import Budget, Plan, Stats, interleave, measure, plan_rounds
 from persimmon_fast import _C
 
@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 
 
 def registered_ops() -> set[str]:
-    schemas = (ROOT / "csrc" / "library.cpp").read_text()
+    schemas = (ROOT / "csrc" / "ops" / "schemas.h").read_text()
     return set(re.findall(r'm\.def\(\s*"(\w+)\(', schemas))
 
 
@@ -184,6 +184,25 @@ def test_read_limit_reads_all_of_a_block_that_grows(monkeypatch):
     assert starts == [0, 1, 2, 0]
     assert {num_bytes for _, num_bytes in read} == {1 << 20}
     assert limit.rate([0.5]).median == 2 << 20
+
+
+def test_copy_limit_copies_one_part_to_the_next():
+    block = torch.empty(3 * 4096, dtype=torch.uint8)
+    block[:4096], block[4096:8192], block[8192:] = 1, 2, 3
+    limit = copy_limit(lambda: block[: 2 * 4096])
+    assert limit.work == 2 * 4096
+    limit.variant(0)
+    assert [int(block[i * 4096]) for i in range(3)] == [1, 1, 3]
+    block[4096:8192] = 2
+    three = copy_limit(lambda: block)  # of 6,144 bytes, cut to pages
+    three.variant(1)  # part 2 to part 0
+    assert [int(block[i * 4096]) for i in range(3)] == [3, 2, 3]
+
+
+def test_copies_are_measured_on_gpus_alone():
+    workspace = Workspace(CPU, torch.float32, 1 << 20)
+    budget = Budget(seconds=0.01, min_rounds=1, max_rounds=1)
+    assert measure_limits(workspace.block, torch.float32, timing.WallTimer(CPU), budget, 64).copy is None
 
 
 def test_matmul_limit_counts_two_flops_per_multiply_add():

@@ -1,4 +1,4 @@
-"""Every op of csrc/library.cpp is there in every layer: wrapper, Meta and CPU kernel, definition, test."""
+"""Every op of csrc/ops/schemas.h is there in every layer: wrapper, Meta and CPU kernel, definition, test."""
 
 from __future__ import annotations
 

@@ -3,12 +3,13 @@
 #
 #   tools/check_on_gpu.sh OUT [WHEEL]
 #
-# OUT receives one log per step, summary.txt, and the JSON and PNG of the benchmarks. WHEEL: persimmon_fast built with
+# OUT receives one log per step, summary.txt, and the JSON and PNG of the benchmarks; OUT/compiled those of a quick run
+# beside torch.compile. WHEEL: persimmon_fast built with
 # CUDA for this machine's Python and torch (tools/build_cuda_wheel.sh); without one it is built here first. A step that
 # fails does not stop the others; the exit status is 1 if any did. Steps and their limits in seconds are at the bottom.
 set -uo pipefail
 
-[ $# -ge 1 ] || { sed -n '2,8p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,9p' "$0"; exit 2; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -48,5 +49,6 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "compute-sanitizer was not found: not run" | tee -a "$out/summary.txt"
 fi
-step benchmarks 240 python3 benchmarks/run.py --device cuda --compile --out "$out"
+step benchmarks 200 python3 benchmarks/run.py --device cuda --seconds 1 --out "$out"
+step compiled 120 python3 benchmarks/run.py --device cuda --quick --compile --out "$out/compiled"
 exit $failed
