@@ -7,9 +7,8 @@
 // Traffic   x (and residual) read once, out (and sum) written once; weight and bias are served by L2
 // Bound     memory for many rows; for one row latency: two reductions, the second over two values at once
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. Aligned bf16: block 48;
-// 48,
-//           warp 64; 80. Aligned fp32: block 40; 37, warp 52; 53. Unaligned bf16: block 92; 109, warp 72; 110. 256 B
-//           shared in the block kernel, none in the warp kernel
+//           48, warp 64; 80. Aligned fp32: block 40; 37, warp 52; 53. Unaligned bf16: block 92; 109, warp 72; 110. 256
+//           B shared in the block kernel, none in the warp kernel
 // Numerics  fp32 two-pass statistics; the rounding error of the mean is measured and taken off the deviations, so rows
 //           whose mean is far from zero lose nothing. The sum is rounded to the dtype before it is normalised. Which
 //           thread adds what depends on hidden_size and dtype alone: the bits of a row change neither with num_rows nor

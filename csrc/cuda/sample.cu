@@ -14,15 +14,13 @@
 //           best). The right side is one fp32 exp; the few tokens that pass are scored in fp64. The best score is that
 //           of the likeliest token at first and is shared by a warp: the order cannot change the result
 // Traffic   logits (1 MB a row at 262,144 tokens), which the head has just written into L2: once in draw, three times
-// in
-//           mass, and in the tiles above the bound four times in top-k; nothing of tiles below the threshold
+//           in mass, and in the tiles above the bound four times in top-k; nothing of tiles below the threshold
 // Bound     latency of 6 dependent launches for few rows; then fp64 exp of top-p and Philox (20 instructions a token)
 // Numerics  z as the reference: fp32 products and quotients, each rounded once. Top-p adds exp(z - best) as two 39-bit
 //           integers: any order gives the same bits, 2^-78 is lost per token. Tokens 64 below the best (1.6e-28) are
 //           not counted; the nucleus ends above them for every top_p < 1 in fp32. Scores in fp64
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a: prepare 44; 46, mass 56;
-// 48,
-//           draw 64; 64, finish 32; 32. Shared: prepare 2.4 KB, mass 33 KB, others below 1 KB
+//           48, draw 64; 64, finish 32; 32. Shared: prepare 2.4 KB, mass 33 KB, others below 1 KB
 // Measured  not run on a GPU yet
 // Source    Gumbel-max: Maddison et al. 2014, A* sampling, arXiv:1411.0030; Keskar et al. 2019, CTRL,
 //           arXiv:1909.05858 (penalty); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024,

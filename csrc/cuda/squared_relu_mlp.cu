@@ -1,8 +1,8 @@
 // squared_relu_mlp: out[m] = (sum_n h[m, n]^2 D[:, n] + b_d) + residual[m],  h[m, n] = relu(x[m] . U[n] + b_u[n])
 //
 // Tile      two products of gemm.cuh. The first writes h, unsquared, in the dtype of x; the second squares its A
-// operand
-//           in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of gemm.cuh
+//           operand in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of
+//           gemm.cuh
 // Traffic   U and D once per group of 16 row tiles, h written once and read once; no pass over h of its own
 // Bound     tensor cores from about 150 rows on; below, the bytes of U and D
 // Issue     the squares are 16 (bf16) or 32 (fp16) two-element products per warp and step of 16 k of the large tile.
