@@ -85,7 +85,8 @@ def _is_fresh(step: _Step) -> bool:
     dependencies = step.output.with_suffix(".d")
     if dependencies.exists():
         listed = dependencies.read_text().replace("\\\n", " ").partition(": ")[2].split()
-        inputs += [Path(path) for path in listed if path.startswith(str(ROOT))]
+        # ROOT / path: ccache writes paths inside CCACHE_BASEDIR relative to it
+        inputs += [ROOT / path for path in listed if (ROOT / path).is_relative_to(ROOT)]
     made = step.output.stat().st_mtime_ns
     return all(path.exists() and path.stat().st_mtime_ns <= made for path in inputs)
 
