@@ -9,8 +9,9 @@ find_package(CUDAToolkit REQUIRED)
 file(GLOB PF_CUDA_KERNELS CONFIGURE_DEPENDS ${CMAKE_SOURCE_DIR}/csrc/cuda/*.cu)
 add_library(pf_cuda OBJECT ${PF_CUDA_KERNELS})
 target_include_directories(pf_cuda PRIVATE ${CMAKE_SOURCE_DIR})
+# -fmad=false: a*b+c is one rounding only where the source says fma(), as in the CPU kernels and the emulator
 # -Xptxas -v: registers, shared memory and spills of every kernel appear in the build's output
-target_compile_options(pf_cuda PRIVATE --expt-relaxed-constexpr -lineinfo --threads=0 -Xptxas=-v
+target_compile_options(pf_cuda PRIVATE --expt-relaxed-constexpr -fmad=false -lineinfo --threads=0 -Xptxas=-v
   -Xcompiler=-Wall,-Wextra)
 
 if(PERSIMMON_CUDA STREQUAL "KERNELS")

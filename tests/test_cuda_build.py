@@ -130,6 +130,17 @@ def test_newer_gpus_get_ptx(built):
     assert "sm_90.ptx" in listed
 
 
+def test_no_sum_is_contracted(built):
+    """Without .rn the assembler may make one FMA of a product and a sum: other bits than those the emulator tests."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump was not found (pip install nvidia-cuda-cuobjdump)")
+    ptx = subprocess.check_output([cuobjdump, "-ptx", next(built[1].glob("libpf_cuda_check.so"))], text=True)
+    forms = set(re.findall(r"\b(?:add|sub|mul)(?:\.\w+)*\.f(?:32|64)\b", ptx))
+    assert {form for form in forms if ".rn" not in form} == set()
+    assert {"add.rn.f32", "mul.rn.f32", "add.rn.f64", "mul.rn.f64"} <= forms  # the pattern finds them
+
+
 def test_cuda_ops_link_against_a_cuda_torch(tmp_path):
     """PERSIMMON_TEST_CUDA_TORCH names the folder `torch` of a CUDA build of torch (no GPU is needed to link)."""
     directory = os.environ.get("PERSIMMON_TEST_CUDA_TORCH")

@@ -26,7 +26,8 @@ DEV float q_sign(const AttentionParams& p) { return p.softmax_scale < 0.0f ? -1.
 DEV float scaled_maximum(float maximum, float scale_log2) { return maximum == -INFINITY ? 0.0f : maximum * scale_log2; }
 
 // What turns weights relative to `from` into weights relative to `to` >= from. It compares the rounded products, as the
-// weights did: with the exact one of `from` each call would cost fp32 results several roundings.
+// weights did: with the exact one of `from` (an FMA: hence -fmad=false) two equal maxima would give a factor beside 1,
+// the same again for every key.
 DEV float rescale(float from, float to, float scale_log2) {
   if (from == -INFINITY) return to == -INFINITY ? 1.0f : 0.0f;
   return ptx::exp2_approx(scaled_maximum(from, scale_log2) - scaled_maximum(to, scale_log2));
