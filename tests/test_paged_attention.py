@@ -262,6 +262,25 @@ def test_a_query_over_an_empty_cache_gives_zeros(name, dtype, max_pages):
         assert (out == 0).all()
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", GPU_KERNELS)
+@pytest.mark.parametrize("length_q", [3, 20])
+def test_a_max_seqlen_q_that_is_too_small_spoils_its_sequence_alone(name, length_q):
+    # A CPU refuses it; a GPU cannot look, and the tile and the partial results have no room for the other queries.
+    with backend(name) as device:
+        q, _, _, *cache = paged_inputs([1, length_q], [600, 600], torch.bfloat16, num_heads=1, device=device)
+        expected = run(q[:1], *cache[:2], cache[2][:1], cache[3][:1], [1])
+        out = ops.paged_attention(q, *cache, cu_seqlens_q=cu_seqlens([1, length_q], device))
+        assert torch.equal(out[:1], expected)
+
+
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_max_seqlen_q_is_not_negative(name):
+    with backend(name) as device, pytest.raises(ValueError, match="max_seqlen_q must not be negative, got -300"):
+        q, _, _, *cache = paged_inputs([1], [5], torch.bfloat16, device=device)
+        ops.paged_attention(q, *cache, max_seqlen_q=-300)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ was not found")
 def test_number_of_splits(tmp_path):
     cases = {  # batch_size, num_heads, capacity, multiprocessors: splits

@@ -14,7 +14,7 @@
 //           query, head and split, written and read; 0.08 % for one query, 16,384 keys, 6 splits, head_dim 64
 // Bound     memory: 1 to 16 queries are 1 to 16 flops per byte. In flight per block: 32 KiB at head_dim 64, 64 KiB at
 //           128
-// Resources ptxas -v (sm_80; sm_90a), registers: 121; 124 at head_dim 64, 161; 167 at 128, combination 32. No spills
+// Resources ptxas -v (sm_80; sm_90a), registers: 121; 122 at head_dim 64, 163; 167 at 128, combination 32. No spills
 //           and no stack on 8.0, 8.6, 8.9, 9.0a. Shared 48 KiB and 96 KiB. Blocks per multiprocessor at head_dim 64
 //           and 128: 3 and 1 on 8.0, 4 and 2 on 9.0, 2 and 1 on 8.6 and 8.9
 // Numerics  as flash_attention.cu, but with the true maximum; splits and warps are added in their order: the same bits
@@ -282,10 +282,11 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionPara
   const int pair_idx = static_cast<int>(blockIdx.x / p.num_splits);
   const int head_idx = pair_idx % p.num_heads;
   const int sequence_idx = pair_idx / p.num_heads;
-  const Sequence s = load_sequence(p, sequence_idx);
+  Sequence s = load_sequence(p, sequence_idx);
+  s.num_queries = min(s.num_queries, static_cast<int>(p.max_seqlen_q));  // the tile and the partials hold no more
   const int length = keys_per_split(s.num_keys, p.num_splits);
   const int begin = split_idx * length;
-  if (s.num_queries == 0 || (begin >= s.num_keys && split_idx > 0)) return;  // the combination leaves such splits out
+  if (s.num_queries <= 0 || (begin >= s.num_keys && split_idx > 0)) return;  // the combination leaves such splits out
   const int end = min(begin + length, s.num_keys);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;

@@ -26,6 +26,7 @@ MUTANTS = [
     Mutant("a row that is done again sees all keys", "min(end, num_visible_keys(p, s, row))", "end"),
     Mutant("queries share their partial results", "p.max_seqlen_q + query_idx)", "p.max_seqlen_q)"),
     Mutant("a slice is taken for a piece of one page", "p.page_size % kSliceKeys == 0;", "true;"),
+    Mutant("queries without a place", "min(s.num_queries, static_cast<int>(p.max_seqlen_q))", "s.num_queries"),
     Mutant("keys for values", "v.head + (g_k - k.head)", "g_k"),
     Mutant("the ring is too short", "slice_idx % kStages *", "slice_idx % (kStages - 1) *"),
     Mutant("every block works on the first head", "head_idx = pair_idx % p.num_heads", "head_idx = pair_idx % 1"),

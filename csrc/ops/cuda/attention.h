@@ -13,6 +13,7 @@ inline cuda::AttentionParams cuda_attention_params(const char* op, const at::Ten
                                                    const at::Tensor& out) {
   check_head_dim_cuda(op, q.size(2));
   TORCH_CHECK_VALUE(q.size(1) <= INT32_MAX, op, ": q has too many heads: ", q.size(1));
+  TORCH_CHECK_VALUE(max_seqlen_q >= 0, op, ": max_seqlen_q must not be negative, got ", max_seqlen_q);
   cuda::AttentionParams p{};
   p.q = q.const_data_ptr();
   p.q_token_stride = q.stride(0);
