@@ -27,23 +27,33 @@ inline int num_multiprocessors() { return 8; }  // few, so that small tests give
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #define PF_CUDA_LIBRARY_IMPL(m) TORCH_LIBRARY_IMPL(persimmon_fast, CUDA, m)
 
 namespace persimmon_fast {
 
-using DeviceGuard = c10::cuda::CUDAGuard;
+// Does nothing for a CPU tensor among CUDA tensors: the op's checks, which follow, refuse it by name.
+struct DeviceGuard {
+  explicit DeviceGuard(c10::Device device) {
+    if (device.is_cuda()) guard.set_device(device);
+  }
+  c10::cuda::OptionalCUDAGuard guard;
+};
 inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
 
 // Of the current device; asked once per device.
 inline int num_multiprocessors() {
   constexpr int kMaxDevices = 64;
-  static int counts[kMaxDevices] = {};
+  static std::atomic<int> counts[kMaxDevices] = {};
   const int device = c10::cuda::current_device();
   TORCH_CHECK(device < kMaxDevices, "persimmon_fast takes at most ", kMaxDevices, " CUDA devices");
-  if (counts[device] == 0) {
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device));
+  int count = counts[device];
+  if (count == 0) {
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    counts[device] = count;
   }
-  return counts[device];
+  return count;
 }
 
 }  // namespace persimmon_fast
