@@ -14,7 +14,7 @@
 //           query, head and split, written and read; 0.08 % for one query, 16,384 keys, 6 splits, head_dim 64
 // Bound     memory: 1 to 16 queries are 1 to 16 flops per byte. In flight per block: 32 KiB at head_dim 64, 64 KiB at
 //           128
-// Resources ptxas -v (sm_80; sm_90a), registers: 121; 122 at head_dim 64, 163; 167 at 128, combination 32. No spills
+// Resources ptxas -v (sm_80; sm_90a), registers: 125; 124 at head_dim 64, 158; 161 at 128, combination 32. No spills
 //           and no stack on 8.0, 8.6, 8.9, 9.0a. Shared 48 KiB and 96 KiB. Blocks per multiprocessor at head_dim 64
 //           and 128: 3 and 1 on 8.0, 4 and 2 on 9.0, 2 and 1 on 8.6 and 8.9
 // Numerics  as flash_attention.cu, but with the true maximum; splits and warps are added in their order: the same bits
@@ -93,13 +93,14 @@ struct SliceLoader {
     if (key_begin < end) {
       unsigned char* s_k = reinterpret_cast<unsigned char*>(stage(slice_idx));
       unsigned char* s_v = s_k + kSliceKeys * Tile<kHeadDim>::kRowBytes;
+      const scalar_t* g_slice = one_page ? k.in_page(next_page, key_begin) : nullptr;
 #pragma unroll
       for (int i = 0; i < kSliceKeys * kChunks / kWarpSize; ++i) {
         const int row = (i * kWarpSize + lane) / kChunks;
         const int chunk = lane % kChunks;
         const bool valid = key_begin + row < end;
         const int key_idx = valid ? key_begin + row : end - 1;
-        const scalar_t* g_k = one_page ? k.in_page(next_page, key_idx) : k(key_idx);
+        const scalar_t* g_k = one_page ? g_slice + (key_idx - key_begin) * k.token_stride : k(key_idx);
         const scalar_t* g_v = v.head + (g_k - k.head);  // both caches have one shape
         const int offset = Tile<kHeadDim>::offset(row, chunk);
         copy_chunk(s_k + offset, g_k + chunk * 8, valid, aligned);
