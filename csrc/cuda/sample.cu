@@ -20,7 +20,7 @@
 //           integers: any order gives the same bits, 2^-78 is lost per token. Tokens 64 below the best (1.6e-28) are
 //           not counted; the nucleus ends above them for every top_p < 1 in fp32. Scores in fp64
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a: prepare 44; 46, mass 57;
-//           48, draw 64; 64, finish 32; 32. Shared: prepare 2.4 KB, mass 33 KB, others below 1 KB
+//           52, draw 64; 64, finish 32; 32. Shared: prepare 2.4 KB, mass 33 KB, others below 1 KB
 // Measured  not run on a GPU yet
 // Source    Gumbel-max: Maddison et al. 2014, A* sampling, arXiv:1411.0030; Keskar et al. 2019, CTRL,
 //           arXiv:1909.05858 (penalty); Holtzman et al. 2020, arXiv:1904.09751 (top-p); Nguyen et al. 2024,

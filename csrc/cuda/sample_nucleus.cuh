@@ -111,12 +111,22 @@ DEV NucleusState narrow(const SampleParams& p, int64_t row) {
   return s_next[0];
 }
 
+// Adds to a sum in shared memory. A 64-bit atomic there is a compare-and-swap loop, so the halves are added apart; who
+// makes a carry takes it to the upper half, and the sum is exact in any order.
+DEV void add_shared(u64& sum, u64 value) {
+  uint32_t* halves = reinterpret_cast<uint32_t*>(&sum);  // low, high
+  const uint32_t low = static_cast<uint32_t>(value);
+  const bool carries = atomicAdd(&halves[0], low) > ~low;
+  const uint32_t high = static_cast<uint32_t>(value >> 32) + (carries ? 1 : 0);
+  if (high != 0) atomicAdd(&halves[1], high);
+}
+
 DEV void add_mass(FixedMass& bin, double mass) {
   const double scaled = mass * kMassUnit;
   const u64 high = static_cast<u64>(scaled);
   const u64 low = static_cast<u64>((scaled - static_cast<double>(high)) * kMassUnit);
-  atomicAdd(&bin.high, high);
-  atomicAdd(&bin.low, low);
+  add_shared(bin.high, high);
+  add_shared(bin.low, low);
 }
 
 template <int kLevel>

@@ -81,4 +81,5 @@ MUTANTS = [
         NUCLEUS,
         TESTS,
     ),
+    Mutant("carries between the halves of a sum are lost", "(carries ? 1 : 0)", "0", NUCLEUS, TESTS),
 ]
