@@ -304,7 +304,8 @@ def paged_attention(
         k_cache, v_cache: [num_pages, num_heads, page_size, head_dim] contiguous.
         page_table: [batch_size, max_pages] int32: entry i of a row is the page of keys i * page_size and on.
         cache_seqlens: [batch_size] int32: keys in the cache, those of q included. Keys beyond are never read.
-        cu_seqlens_q: [batch_size + 1] int32, None: one query per sequence. max_seqlen_q: its longest sequence.
+        cu_seqlens_q: [batch_size + 1] int32, None: one query per sequence. max_seqlen_q: its longest sequence. Lengths
+            and pages out of range are undefined on a GPU, an error on a CPU.
         softmax_scale: None: head_dim ** -0.5.
     Returns:
         like q.

@@ -14,7 +14,7 @@ namespace persimmon_fast::cuda {
 
 // Scores are kept as bare dot products, and weights are 2^(score * scale_log2 - maximum * scale_log2): one FMA each.
 // That needs scale_log2 > 0, so a negative softmax_scale is moved to q, and 0 becomes a number so small that every
-// product with a finite score gives the weight 2^0, while a masked score stays -inf.
+// product with a score below 1e30 gives the weight 2^0, while a masked score stays -inf.
 DEV float positive_scale_log2(const AttentionParams& p) {
   constexpr float kLog2E = 1.4426950408889634f;
   const float scale = fabsf(p.softmax_scale) * kLog2E;
