@@ -21,7 +21,7 @@ constexpr int kMaxWarps = kMaxThreadsPerBlock / kWarpSize;
 constexpr int kNumBarriers = 16;
 // ThreadSanitizer keeps almost a megabyte per thread, and a dependent launch needs a second set of them.
 constexpr int kMaxResidentThreads = EMU_TSAN ? 1024 : 4096;
-constexpr int kMaxCopiesPerThread = 512;   // cp.async in flight
+constexpr int kMaxCopiesPerThread = 512;  // cp.async in flight
 constexpr int kMaxSharedArrays = 64;
 constexpr size_t kRedZoneBytes = 64;  // before and behind each shared array
 constexpr size_t kArenaBytes = 384 * 1024;
