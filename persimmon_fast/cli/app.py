@@ -308,6 +308,35 @@ def info(
     return _Action(run, show_traceback)
 
 
+@app.command(epilog="A neuron is zero where squared ReLU makes it exactly 0; a step need not read its down-projection.")
+def sparsity(
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="FILE", help="The text; - reads stdin. Default: a module of Python's standard library, plistlib."
+        ),
+    ] = None,
+    model: Model = None,
+    dtype: DtypeOption = "auto",
+    device: Device = "auto",
+    plot: Annotated[
+        Path | None, _option("--plot", metavar="PNG", help="Also draw the zeros, layer by position.", panel=_OUTPUT)
+    ] = None,
+    as_json: Json = False,
+    show_traceback: Traceback = False,
+) -> _Action:
+    """Exact zeros of a model on a text, per layer, and what skipping them saves."""
+
+    def run() -> int:
+        from persimmon_fast.cli import sparsity
+        from persimmon_fast.cli.session import Options
+
+        options = Options(model=model, dtype=dtype, device=device, quiet=as_json)
+        return sparsity.run(sparsity.Request(file, plot, as_json), options)
+
+    return _Action(run, show_traceback)
+
+
 @app.command()
 def doctor(as_json: Json = False, show_traceback: Traceback = False) -> _Action:
     """Facts about this installation, and a check of every op against its reference."""
