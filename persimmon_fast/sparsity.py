@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from persimmon_fast.cli.costs import DTYPE_BYTES, model_costs
+from persimmon_fast.costs import DTYPE_BYTES, model_costs
 from persimmon_fast.kv_cache import PagedKVCache
 from persimmon_fast.model import PersimmonForCausalLM, PersimmonMLP, PersimmonModel
 

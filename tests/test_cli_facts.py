@@ -14,7 +14,7 @@ from cli_helpers import run
 
 from persimmon_fast import PersimmonConfig, PersimmonForCausalLM, measure
 from persimmon_fast.cli import doctor, selfcheck
-from persimmon_fast.cli.costs import model_costs
+from persimmon_fast.costs import model_costs
 
 
 @pytest.fixture
