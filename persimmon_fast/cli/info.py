@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from persimmon_fast import SMALL_MODEL
 from persimmon_fast.cli import terminal
-from persimmon_fast.costs import DTYPE_BYTES, Costs, model_costs
 from persimmon_fast.cli.terminal import UsageError, bytes_text
 from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.costs import DTYPE_BYTES, Costs, model_costs
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from persimmon_fast import SMALL_MODEL
 from persimmon_fast.cli import terminal
-from persimmon_fast.costs import DTYPE_BYTES, model_costs
 from persimmon_fast.cli.terminal import UsageError
 from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.costs import DTYPE_BYTES, model_costs
 from persimmon_fast.streaming import StreamingDecoder
 from persimmon_fast.tokenizer import PersimmonTokenizer
 
