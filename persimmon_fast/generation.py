@@ -2,18 +2,19 @@
 
 The loop works on packed sequences: padding of a prompt is dropped before the first product, and a sequence that has
 stopped leaves the batch. Tokens are chosen by `ops.lm_head_argmax` or `ops.lm_head_sample`, which reduce the logits
-where they are made.
+where they are made. With prompt lookup a step also takes drafted tokens, and keeps those that it would have chosen.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from persimmon_fast import ops
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.kv_cache import PagedKVCache
+from persimmon_fast.prompt_lookup import PromptLookup
 from persimmon_fast.streaming import StreamingDecoder
 from persimmon_fast.tokenizer import PersimmonTokenizer
 
@@ -55,6 +57,9 @@ class GenerationConfig:
         eos_token_id: one id or several; a sequence stops after any of them. None: none.
         pad_token_id: fills sequences that stopped early; None: the first eos id, else 0.
         num_return_sequences: independent continuations per prompt.
+        prompt_lookup_num_tokens: check up to that many tokens per step (15 at most) that earlier text suggests; None:
+            none. Same tokens, fewer steps where text repeats; see docs/prompt_lookup.md.
+        max_matching_ngram_size: tokens at the end that earlier text must share to suggest some, at most; down to 2.
     """
 
     max_new_tokens: int | None = None
@@ -68,13 +73,15 @@ class GenerationConfig:
     eos_token_id: int | Sequence[int] | None = None
     pad_token_id: int | None = None
     num_return_sequences: int = 1
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 3
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
             if not ok:
                 raise ValueError(f"generation: {name} must be {expected}, got {getattr(self, name)!r}")
 
-        for name in ("max_new_tokens", "max_length"):
+        for name in ("max_new_tokens", "max_length", "prompt_lookup_num_tokens"):
             value = getattr(self, name)
             check(name, value is None or (_is_int(value) and value > 0), "an integer > 0 or None")
         check("do_sample", isinstance(self.do_sample, bool), "True or False")
@@ -85,11 +92,8 @@ class GenerationConfig:
         check("repetition_penalty", _is_number(self.repetition_penalty) and self.repetition_penalty > 0, "a number > 0")
         check("eos_token_id", all(_is_int(i) for i in self.eos_token_ids), "an integer, several, or None")
         check("pad_token_id", self.pad_token_id is None or _is_int(self.pad_token_id), "an integer or None")
-        check(
-            "num_return_sequences",
-            _is_int(self.num_return_sequences) and self.num_return_sequences > 0,
-            "an integer > 0",
-        )
+        for name in ("num_return_sequences", "max_matching_ngram_size"):
+            check(name, _is_int(getattr(self, name)) and getattr(self, name) > 0, "an integer > 0")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -240,39 +244,74 @@ class GenerationMixin:
         hidden = hidden[last].repeat_interleave(config.num_return_sequences, dim=0)
         cache.repeat_interleave(config.num_return_sequences)
 
-        active = list(range(cache.batch_size))
-        tokens: list[list[int]] = [[] for _ in active]
-        logprobs: list[list[float]] = [[] for _ in active]
-        for step in range(max_new_tokens):
-            chosen, chosen_logprobs = chooser(hidden, active, step)
-            going: list[int] = []  # indices into `active` of the sequences that go on
-            for index, (row, token, logprob) in enumerate(
-                zip(active, chosen.tolist(), chosen_logprobs.tolist(), strict=True)
-            ):
-                tokens[row].append(token)
-                logprobs[row].append(logprob)
-                if not stopping(row, token):
-                    going.append(index)
-            if streamer is not None:
-                streamer.put(chosen.cpu())
-            if not going or step + 1 == max_new_tokens:
+        lookup = _prompt_lookup(config, prompts)
+        sequences = [_Sequence(row) for row in range(cache.batch_size)]
+        active = sequences
+        while True:
+            num_rejected = []
+            for sequence, choices in zip(active, chooser(hidden, active), strict=True):
+                num_before = len(sequence.tokens)
+                for token, logprob in _accepted(choices, sequence.draft):
+                    sequence.tokens.append(token)
+                    sequence.logprobs.append(logprob)
+                    if streamer is not None:
+                        streamer.put(torch.tensor([token]))
+                    if stopping(sequence.row, token) or len(sequence.tokens) == max_new_tokens:
+                        sequence.stopped = True
+                        break
+                num_rejected.append(1 + len(sequence.draft) - (len(sequence.tokens) - num_before))
+            going = [index for index, sequence in enumerate(active) if not sequence.stopped]
+            if not going:
                 break
+            cache.drop_last(num_rejected)
             if len(going) < len(active):
                 cache.keep(going)
                 active = [active[index] for index in going]
-                chosen = chosen[going]
-            hidden = self._decode_step(chosen, cache)
+            if lookup is not None:
+                for sequence in active:
+                    room = max_new_tokens - len(sequence.tokens) - 1  # the step adds one token more than it drafts
+                    sequence.draft = lookup.draft(sequence.row, sequence.tokens, room, len(active))
+            hidden = self._decode_step([[s.tokens[-1], *s.draft] for s in active], cache)
         if streamer is not None:
             streamer.end()
-        output = _output(prompts, tokens, logprobs, config)
+        output = _output(prompts, sequences, config)
         return output if return_dict_in_generate else output.sequences
 
-    def _decode_step(self, token_ids: Tensor, cache: PagedKVCache) -> Tensor:
-        """Final hidden states [batch_size, hidden_size] after one more token of each sequence."""
-        positions = torch.tensor(cache.seqlens, device=token_ids.device)
-        embeds = self.model.embed_tokens(token_ids)
-        hidden, _ = self.model.forward_packed(embeds, positions, [1] * cache.batch_size, max(cache.seqlens) + 1, cache)
+    def _decode_step(self, token_ids: list[list[int]], cache: PagedKVCache) -> Tensor:
+        """Final hidden states [num_tokens, hidden_size] after each of these tokens of each sequence."""
+        lengths = [len(ids) for ids in token_ids]
+        starts = cache.seqlens
+        positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
+        embeds = self.model.embed_tokens(torch.tensor([i for ids in token_ids for i in ids], device=self.device))
+        position_ids = torch.tensor(positions, device=self.device)
+        hidden, _ = self.model.forward_packed(embeds, position_ids, lengths, max(positions) + 1, cache)
         return hidden
+
+
+@dataclass
+class _Sequence:
+    """A continuation: what it has, and the draft that the current step checks."""
+
+    row: int  # of the output
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
+    stopped: bool = False
+
+
+def _accepted(choices: list[tuple[int, float]], draft: list[int]) -> Iterator[tuple[int, float]]:
+    """Choices up to the first that differs from the draft: what comes after that was computed from a wrong token."""
+    for choice, drafted in zip(choices, [*draft, None], strict=True):
+        yield choice
+        if choice[0] != drafted:
+            return
+
+
+def _prompt_lookup(config: GenerationConfig, prompts: _Prompts) -> PromptLookup | None:
+    if config.prompt_lookup_num_tokens is None:
+        return None
+    rows = [ids for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
+    return PromptLookup(rows, config.prompt_lookup_num_tokens, config.max_matching_ngram_size)
 
 
 @dataclass(frozen=True)
@@ -315,7 +354,8 @@ class _Prompts:
 
 
 class _TokenChooser:
-    """Chooses the next token of each active sequence from its final hidden state."""
+    """Chooses the next token after each token of a step, from the final hidden states. The choice does not depend on
+    what else is in the step: a draw is a function of seed, row and number of new tokens."""
 
     def __init__(self, model: GenerationMixin, config: GenerationConfig, prompts: _Prompts, seed: int | None) -> None:
         self._weight = model.lm_head.weight
@@ -326,24 +366,32 @@ class _TokenChooser:
         elif not _is_int(seed) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"generate: seed must be an integer of 64 bits, got {seed!r}")
         self._seed = seed
-        self._seen: list[set[int]] = []
+        self._prompt_ids: list[set[int]] = []  # of each row of the output
         if config.repetition_penalty != 1.0:
-            self._seen = [set(ids) for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
+            self._prompt_ids = [set(ids) for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
 
-    def __call__(self, hidden: Tensor, active: list[int], step: int) -> tuple[Tensor, Tensor]:
-        if self._greedy:
-            return ops.lm_head_argmax(hidden, self._weight)
-        config, rows, device = self._config, len(active), hidden.device
+    def __call__(self, hidden: Tensor, active: list[_Sequence]) -> list[list[tuple[int, float]]]:
+        """hidden [num_tokens, hidden_size]: of each sequence its last token, then its draft. Returns for each sequence
+        the (token, log-probability) after each of these."""
+        chosen = ops.lm_head_argmax(hidden, self._weight) if self._greedy else self._sample(hidden, active)
+        choices = list(zip(*(values.tolist() for values in chosen), strict=True))
+        ends = list(itertools.accumulate(1 + len(sequence.draft) for sequence in active))
+        return [choices[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+    def _sample(self, hidden: Tensor, active: list[_Sequence]) -> tuple[Tensor, Tensor]:
+        config, rows, device = self._config, hidden.shape[0], hidden.device
 
         def full(value: float, dtype: torch.dtype) -> Tensor:
             return torch.full((rows,), value, dtype=dtype, device=device)
 
+        places = [(sequence, i) for sequence in active for i in range(1 + len(sequence.draft))]
         penalty_ids = None
-        if self._seen:
-            width = max(len(self._seen[row]) for row in active)
-            padded = [[*self._seen[row], *[-1] * (width - len(self._seen[row]))] for row in active]
+        if self._prompt_ids:
+            seen = [self._prompt_ids[s.row].union(s.tokens, s.draft[:i]) for s, i in places]
+            width = max(len(ids) for ids in seen)
+            padded = [[*ids, *[-1] * (width - len(ids))] for ids in seen]
             penalty_ids = torch.tensor(padded, dtype=torch.long, device=device).view(rows, width)
-        chosen, logprobs = ops.lm_head_sample(
+        return ops.lm_head_sample(
             hidden,
             self._weight,
             full(config.temperature if config.do_sample else 0.0, torch.float32),
@@ -351,14 +399,11 @@ class _TokenChooser:
             full(config.top_p, torch.float32),
             full(config.min_p, torch.float32),
             full(self._seed, torch.long),
-            # one stream per seed: the row in the high half of the counter, the step in the low one
-            torch.tensor([(row << 32) + step for row in active], device=device),
+            # one stream per seed: the row in the high half of the counter, the number of new tokens in the low one
+            torch.tensor([(s.row << 32) + len(s.tokens) + i for s, i in places], device=device),
             penalty_ids,
             full(config.repetition_penalty, torch.float32) if penalty_ids is not None else None,
         )
-        for row, token in zip(active, chosen.tolist() if self._seen else (), strict=bool(self._seen)):
-            self._seen[row].add(token)
-        return chosen, logprobs
 
 
 class _Stopping:
@@ -423,21 +468,19 @@ def _max_new_tokens(config: GenerationConfig, prompts: _Prompts, limit: int) -> 
     return wanted
 
 
-def _output(
-    prompts: _Prompts, tokens: list[list[int]], logprobs: list[list[float]], config: GenerationConfig
-) -> GenerateOutput:
-    width = max(len(row) for row in tokens)
+def _output(prompts: _Prompts, sequences: list[_Sequence], config: GenerationConfig) -> GenerateOutput:
+    width = max(len(s.tokens) for s in sequences)
     pad = config.pad_token_id
     if pad is None:
         pad = config.eos_token_ids[0] if config.eos_token_ids else 0
-    new = torch.tensor([row + [pad] * (width - len(row)) for row in tokens], dtype=torch.long)
-    padded_logprobs = torch.tensor([row + [0.0] * (width - len(row)) for row in logprobs])
+    new = torch.tensor([s.tokens + [pad] * (width - len(s.tokens)) for s in sequences], dtype=torch.long)
+    padded_logprobs = torch.tensor([s.logprobs + [0.0] * (width - len(s.logprobs)) for s in sequences])
     prompt_ids = prompts.padded_ids.repeat_interleave(config.num_return_sequences, dim=0)
     device = prompts.embeds.device
     return GenerateOutput(
         sequences=torch.cat([prompt_ids, new], dim=1).to(device),
         logprobs=padded_logprobs.to(device),
-        num_new_tokens=[len(row) for row in tokens],
+        num_new_tokens=[len(s.tokens) for s in sequences],
     )
 
 

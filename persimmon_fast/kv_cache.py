@@ -100,6 +100,24 @@ class PagedKVCache:
                 self.seqlens.append(length)
                 self._pages.append(full + own)
 
+    def drop_last(self, num_dropped: list[int]) -> None:
+        """Forgets the last num_dropped[b] tokens of sequence b; pages that nobody needs any more are free again."""
+        if len(num_dropped) != self.batch_size:
+            raise ValueError(f"PagedKVCache: the cache holds {self.batch_size} sequences, got {len(num_dropped)}")
+        if any(not 0 <= n <= length for n, length in zip(num_dropped, self.seqlens, strict=True)):
+            raise ValueError(f"PagedKVCache: cannot drop {num_dropped} tokens of sequences of {self.seqlens}")
+        self.num_columns = max(0, self.num_columns - min(num_dropped))  # columns that no sequence has any more
+        self.seqlens = [length - n for length, n in zip(self.seqlens, num_dropped, strict=True)]
+        for length, pages in zip(self.seqlens, self._pages, strict=True):
+            while len(pages) > _pages(length):
+                self._release(pages.pop())
+                self._table = None
+            if length % PAGE_SIZE and self._owners[pages[-1]] > 1:  # will be written, so it must not be shared
+                shared = pages[-1]
+                pages[-1] = self._copy_page(shared)
+                self._release(shared)
+                self._table = None
+
     def keep(self, rows: list[int]) -> None:
         """Only these sequences go on; pages that nobody holds any more are free again."""
         kept = set(rows)
@@ -161,12 +179,13 @@ class PagedKVCache:
         return self._table
 
     def _slots(self, table: Tensor, starts: list[int], num_new: list[int]) -> Tensor:
-        if num_new == [1] * self.batch_size:  # a decode step: cheap on the host
+        if max(num_new) <= PAGE_SIZE:  # a decode step: cheap on the host
             slots = [
-                pages[start // PAGE_SIZE] * PAGE_SIZE + start % PAGE_SIZE
-                for pages, start in zip(self._pages, starts, strict=True)
+                pages[position // PAGE_SIZE] * PAGE_SIZE + position % PAGE_SIZE
+                for pages, start, new in zip(self._pages, starts, num_new, strict=True)
+                for position in range(start, start + new)
             ]
-            return torch.tensor(slots, device=self.device)
+            return torch.tensor(slots, dtype=torch.long, device=self.device)
         per_sequence = []
         for row, (start, new) in enumerate(zip(starts, num_new, strict=True)):
             position = torch.arange(start, start + new, device=self.device)
