@@ -387,7 +387,9 @@ class _TokenChooser:
         places = [(sequence, i) for sequence in active for i in range(1 + len(sequence.draft))]
         penalty_ids = None
         if self._prompt_ids:
-            seen = [self._prompt_ids[s.row].union(s.tokens, s.draft[:i]) for s, i in places]
+            # a draft repeats earlier tokens: it brings none that was not seen
+            seen_by = {s.row: self._prompt_ids[s.row].union(s.tokens) for s in active}
+            seen = [seen_by[s.row] for s, _ in places]
             width = max(len(ids) for ids in seen)
             padded = [[*ids, *[-1] * (width - len(ids))] for ids in seen]
             penalty_ids = torch.tensor(padded, dtype=torch.long, device=device).view(rows, width)

@@ -214,10 +214,13 @@ def test_text_that_does_not_repeat_turns_drafts_off(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 7, 12, 13])
-def test_max_new_tokens_holds_inside_a_draft(small, tokenizer, max_new_tokens):
-    plain, drafted = both(small, tokenizer(REPEATING, return_tensors="pt"), 15, max_new_tokens=max_new_tokens, **GREEDY)
+def test_max_new_tokens_holds_inside_a_draft(small, tokenizer, monkeypatch, max_new_tokens):
+    inputs, steps = tokenizer(REPEATING, return_tensors="pt"), StepCounter(small, monkeypatch)
+    plain, drafted = both(small, inputs, 15, max_new_tokens=max_new_tokens, **GREEDY)
     assert drafted.num_new_tokens == [max_new_tokens]
     assert_same(plain, drafted)
+    last_needed = inputs.input_ids.shape[1] + max_new_tokens - 1  # the last token is not looked at
+    assert all(seqlens[0] + rows <= last_needed for seqlens, rows in zip(steps.seqlens, steps.rows, strict=True))
 
 
 def test_up_to_the_last_position(tiny):
