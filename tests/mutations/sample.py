@@ -61,9 +61,9 @@ MUTANTS = [
         NUCLEUS,
         TESTS,
     ),
-    Mutant("the second limb is lost", "  atomicAdd(&bin.low, low);\n", "", NUCLEUS, TESTS),
+    Mutant("the second limb is lost", "  add_shared(bin.low, low);\n", "", NUCLEUS, TESTS),
     Mutant(
-        "bins are added to without an atomic", "  atomicAdd(&bin.high, high);", "  bin.high += high;", NUCLEUS, TESTS
+        "bins are added to without an atomic", "  add_shared(bin.high, high);", "  bin.high += high;", NUCLEUS, TESTS
     ),
     Mutant(
         "the last bins are not flushed",
