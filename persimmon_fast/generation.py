@@ -263,7 +263,8 @@ class GenerationMixin:
             going = [index for index, sequence in enumerate(active) if not sequence.stopped]
             if not going:
                 break
-            cache.drop_last(num_rejected)
+            if lookup is not None:
+                cache.drop_last(num_rejected)
             if len(going) < len(active):
                 cache.keep(going)
                 active = [active[index] for index in going]
@@ -366,9 +367,9 @@ class _TokenChooser:
         elif not _is_int(seed) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"generate: seed must be an integer of 64 bits, got {seed!r}")
         self._seed = seed
-        self._prompt_ids: list[set[int]] = []  # of each row of the output
+        self._seen: list[set[int]] = []  # of each row of the output
         if config.repetition_penalty != 1.0:
-            self._prompt_ids = [set(ids) for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
+            self._seen = [set(ids) for ids in prompts.token_ids for _ in range(config.num_return_sequences)]
 
     def __call__(self, hidden: Tensor, active: list[_Sequence]) -> list[list[tuple[int, float]]]:
         """hidden [num_tokens, hidden_size]: of each sequence its last token, then its draft. Returns for each sequence
@@ -386,10 +387,11 @@ class _TokenChooser:
 
         places = [(sequence, i) for sequence in active for i in range(1 + len(sequence.draft))]
         penalty_ids = None
-        if self._prompt_ids:
+        if self._seen:
             # a draft repeats earlier tokens: it brings none that was not seen
-            seen_by = {s.row: self._prompt_ids[s.row].union(s.tokens) for s in active}
-            seen = [seen_by[s.row] for s, _ in places]
+            for s in active:
+                self._seen[s.row].update(s.tokens)
+            seen = [self._seen[s.row] for s, _ in places]
             width = max(len(ids) for ids in seen)
             padded = [[*ids, *[-1] * (width - len(ids))] for ids in seen]
             penalty_ids = torch.tensor(padded, dtype=torch.long, device=device).view(rows, width)

@@ -45,6 +45,12 @@ COMMON = [
     "-DPF_EMULATE",
 ]
 LINK = {"plain": ["-Wl,-z,defs"], "asan": ["-fsanitize=address,undefined"], "tsan": ["-fsanitize=thread"]}
+# Name: the variant, and the schedule, of each run of the tests marked `emu` and `sanitize`.
+RUNS = {
+    "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
+    "asan": ("asan", {"PF_EMU_ASYNC": "late"}),
+    "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once
+}
 FOLDER = ROOT / "build" / f"emulator-{sys.implementation.cache_tag}-torch{torch.__version__}"
 _lock = threading.Lock()
 
@@ -160,6 +166,19 @@ def sanitizer_environment(name: str) -> dict[str, str]:
         # A race is reported each time, not once per process: each launch is to throw.
         "TSAN_OPTIONS": "report_signal_unsafe=0:suppress_equal_stacks=0:suppress_equal_addresses=0:atexit_sleep_ms=0",
     }
+
+
+def run_sanitize_tests(
+    variant: str, settings: dict[str, str], tests: str, timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs what is marked `emu` and `sanitize` of `tests` in a pytest of its own: a sanitizer must be preloaded.
+    The variant must be built; stdout of the result holds both streams."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "emu and sanitize", "-p", "no:cacheprovider", tests],
+        cwd=ROOT,
+        env=os.environ | sanitizer_environment(variant) | settings,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=timeout_s,
+    )  # fmt: skip
 
 
 @functools.cache

@@ -10,7 +10,6 @@ nothing was found, under AddressSanitizer, then under ThreadSanitizer with all b
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,11 +29,6 @@ FAMILIES = [
     "flash_attention",
     "paged_attention",
 ]
-RUNS = {
-    "reverse": ("plain", {"PF_EMU_SCHED": "reverse", "PF_EMU_ASYNC": "late"}),
-    "asan": ("asan", {"PF_EMU_ASYNC": "late"}),
-    "tsan": ("tsan", {"PF_EMU_ASYNC": "late", "PF_EMU_RESIDENT": "0"}),  # 0: every block at once
-}
 TIMEOUT_S = 300  # an endless loop is found too
 
 
@@ -83,23 +77,16 @@ def write_overlay(name: str) -> Path:
     return overlay
 
 
-def run_tests(library: Path, variant: str, settings: dict[str, str], tests: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "emu and sanitize", "-p", "no:cacheprovider", tests],
-        cwd=ROOT,
-        env=os.environ | emulator.sanitizer_environment(variant) | settings | {"PF_EMU_LIBRARY": str(library)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, timeout=TIMEOUT_S,
-    )  # fmt: skip
-
-
 def found_by(name: str) -> tuple[str, str] | None:
     """The run that finds the mutant and what it printed; None when it survives."""
     family, mutant = lookup(name)
     overlay = write_overlay(name)
-    for run, (variant, settings) in RUNS.items():
+    for run, (variant, settings) in emulator.RUNS.items():
         library = emulator.build(variant, overlay=overlay, changed=family, folder=overlay)
         try:
-            result = run_tests(library, variant, settings, f"tests/{mutant.tests or f'test_{family}.py'}")
+            settings = settings | {"PF_EMU_LIBRARY": str(library)}
+            tests = f"tests/{mutant.tests or f'test_{family}.py'}"
+            result = emulator.run_sanitize_tests(variant, settings, tests, timeout_s=TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return run, f"did not end in {TIMEOUT_S} s"
         if result.returncode in (2, 3, 4, 5):  # pytest's own errors

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "emu"))
-from test_layouts import CUTE, bits_of
+from cute import ldmatrix_case, mma_case
 
 SOURCE = Path(__file__).with_name("ptx_wrappers.cu")
 
@@ -81,25 +81,18 @@ def wrappers(request) -> Wrappers:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mma(wrappers, dtype):
-    rng = np.random.default_rng(0)
-    a, b, c = (rng.integers(-8, 9, shape) for shape in ((16, 16), (16, 8), (16, 8)))  # exact in 16 bits and in fp32
-    a_fragment = bits_of(a[CUTE["A"] % 16, CUTE["A"] // 16], dtype)
-    b_fragment = bits_of(b[CUTE["B"] // 8, CUTE["B"] % 8], dtype)
-    d_fragment = c[CUTE["C"] % 16, CUTE["C"] // 16].astype(np.float32)
-    wrappers.run(f"mma_{dtype}", a_fragment, b_fragment, d_fragment)
-    np.testing.assert_array_equal(d_fragment, (a @ b + c)[CUTE["C"] % 16, CUTE["C"] // 16])
+    a, b, d, expected = mma_case(dtype)
+    wrappers.run(f"mma_{dtype}", a, b, d)
+    np.testing.assert_array_equal(d, expected)
 
 
 @pytest.mark.parametrize("trans", ["", "_trans"])
 @pytest.mark.parametrize("num_matrices", [2, 4])
 def test_ldmatrix(wrappers, num_matrices, trans):
-    source, destination = CUTE[f"ldmatrix{trans}_src"], CUTE[f"ldmatrix{trans}_dst"][:, : 2 * num_matrices]
-    rows = np.arange(1000, 1000 + 64 * num_matrices, dtype=np.uint16)
-    element = np.zeros(256, np.uint16)  # of CuTe's numbering
-    element[source[: 8 * num_matrices].reshape(-1)] = rows
-    registers = np.zeros((32, 2 * num_matrices), np.uint16)
+    rows, expected = ldmatrix_case(num_matrices, trans)
+    registers = np.zeros_like(expected)
     wrappers.run(f"ldmatrix_x{num_matrices}{trans}", rows, registers)
-    np.testing.assert_array_equal(registers, element[destination])
+    np.testing.assert_array_equal(registers, expected)
 
 
 def test_cp_async(wrappers):

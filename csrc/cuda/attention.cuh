@@ -9,6 +9,7 @@
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/ptx.cuh"
+#include "csrc/cuda/reduce.cuh"
 
 namespace persimmon_fast::cuda {
 
@@ -193,8 +194,7 @@ struct RowAttention {
 #pragma unroll
         for (int j = 0; j < kDims; ++j) score = fmaf(r_q[j], to_float(g_k[8 * j]), score);
       }
-#pragma unroll
-      for (int lane_mask = 4; lane_mask > 0; lane_mask /= 2) score += __shfl_xor_sync(kFullMask, score, lane_mask);
+      score = sum_lanes<8>(score);
       if (key_idx >= end) continue;
       const float new_maximum = fmaxf(maximum, score);
       const float offset = scaled_maximum(new_maximum, scale_log2);

@@ -56,6 +56,32 @@ DEV void store_chunk(scalar_t* p, const Chunk<scalar_t>& chunk, int n) {
   }
 }
 
+// kVec elements at p. kAligned: kVec is whole chunks and p 16-byte aligned.
+template <bool kAligned, int kVec, typename scalar_t>
+DEV void load_vector(const scalar_t* p, float (&out)[kVec]) {
+  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
+  static_assert(kVec % kStep == 0);
+#pragma unroll
+  for (int begin = 0; begin < kVec; begin += kStep) {
+    const Chunk<scalar_t> chunk = load_chunk<kAligned>(p + begin, kStep);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) out[begin + i] = to_float(chunk.values[i]);
+  }
+}
+
+template <bool kAligned, int kVec, typename scalar_t>
+DEV void store_vector(scalar_t* p, const float (&values)[kVec]) {
+  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
+  static_assert(kVec % kStep == 0);
+#pragma unroll
+  for (int begin = 0; begin < kVec; begin += kStep) {
+    Chunk<scalar_t> chunk;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) from_float(values[begin + i], chunk.values[i]);
+    store_chunk<kAligned>(p + begin, chunk, kStep);
+  }
+}
+
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace persimmon_fast::cuda

@@ -11,7 +11,7 @@
 
 #include <driver_types.h>  // cudaError_t, cudaStream_t
 
-#include "csrc/emu/ptx_on_cpu.h"
+#include "csrc/emu/cuda_on_cpu.h"
 
 #define DEV inline
 

@@ -7,13 +7,14 @@
 // which every thread of the block calls once, when the results are visible to all. It reads them by for_pieces, or by
 // at() in whatever order it likes. A piece is 8 columns of a row; neighbouring lanes have neighbouring pieces, so
 // 16-bit rows are read and written in full lines, and a row's segment of 64 or 128 columns lies in 8 or 16 neighbouring
-// lanes of one warp: reduce it with segment_reduce, exchange values through at() and __syncwarp().
+// lanes of one warp: reduce it with reduce_lanes, exchange values through at() and __syncwarp().
 #pragma once
 
 #include <cstdint>
 
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
+#include "csrc/cuda/reduce.cuh"
 
 namespace persimmon_fast::cuda {
 
@@ -68,28 +69,11 @@ struct StagedTile {
   }
 };
 
-// Over the kLanes neighbouring lanes that share a row segment; every one of them gets the result. `combine` commutes
-// bitwise, so all get the same bits.
-template <int kLanes, typename T, typename Combine>
-DEV T segment_reduce(T value, Combine combine) {
-#pragma unroll
-  for (int lane_mask = kLanes / 2; lane_mask > 0; lane_mask /= 2) {
-    value = combine(value, __shfl_xor_sync(kFullMask, value, lane_mask));
-  }
-  return value;
-}
-
 // The n elements at p, zeros after them. vectorised: p is 16-byte aligned (looked at where n is kPiece).
 template <typename scalar_t>
 DEV void read_piece(const scalar_t* p, int n, bool vectorised, float (&values)[kPiece]) {
-  constexpr int kChunk = Chunk<scalar_t>::kSize;
   if (vectorised && n == kPiece) {
-#pragma unroll
-    for (int part = 0; part < kPiece; part += kChunk) {
-      const Chunk<scalar_t> chunk = load_chunk<true>(p + part, kChunk);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) values[part + i] = to_float(chunk.values[i]);
-    }
+    load_vector<true>(p, values);
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) values[i] = i < n ? to_float(p[i]) : 0.0f;
@@ -98,15 +82,8 @@ DEV void read_piece(const scalar_t* p, int n, bool vectorised, float (&values)[k
 
 template <typename scalar_t>
 DEV void write_piece(scalar_t* p, int n, bool vectorised, const float (&values)[kPiece]) {
-  constexpr int kChunk = Chunk<scalar_t>::kSize;
   if (vectorised && n == kPiece) {
-#pragma unroll
-    for (int part = 0; part < kPiece; part += kChunk) {
-      Chunk<scalar_t> chunk;
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) from_float(values[part + i], chunk.values[i]);
-      store_chunk<true>(p + part, chunk, kChunk);
-    }
+    store_vector<true>(p, values);
   } else {
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
@@ -156,5 +133,21 @@ struct BiasResidual {
     });
   }
 };
+
+// bias [n], residual [m, n]: null for none; out [m, n].
+template <typename scalar_t, typename RowScale = UnitScale>
+BiasResidual<scalar_t, RowScale> bias_residual(const void* bias, const void* residual, int64_t residual_row_stride,
+                                               void* out, int64_t out_row_stride, const RowScale& scale = {}) {
+  BiasResidual<scalar_t, RowScale> epilogue{};
+  epilogue.bias = static_cast<const scalar_t*>(bias);
+  epilogue.residual = static_cast<const scalar_t*>(residual);
+  epilogue.out = static_cast<scalar_t*>(out);
+  epilogue.residual_row_stride = residual_row_stride;
+  epilogue.out_row_stride = out_row_stride;
+  epilogue.vectorised = is_aligned(bias) && pieces_aligned(epilogue.residual, residual_row_stride) &&
+                        pieces_aligned(epilogue.out, out_row_stride);
+  epilogue.scale = scale;
+  return epilogue;
+}
 
 }  // namespace persimmon_fast::cuda

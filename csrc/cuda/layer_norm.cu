@@ -24,6 +24,7 @@
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/dispatch.h"
+#include "csrc/cuda/reduce.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -37,14 +38,7 @@ constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exa
 template <bool kWarpPerRow>
 constexpr int kHeldChunks = kWarpPerRow ? 4 : 2;
 
-DEV float2 warp_sum(float2 value) {
-#pragma unroll
-  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-    value.x += __shfl_xor_sync(kFullMask, value.x, lane_mask);
-    value.y += __shfl_xor_sync(kFullMask, value.y, lane_mask);
-  }
-  return value;  // the same bits in every lane: each step adds the same two numbers in both partners
-}
+DEV float2 warp_sum(float2 value) { return make_float2(sum_lanes(value.x), sum_lanes(value.y)); }
 
 // Sums of the group that shares a row, in every thread of it. s_partial: one slot per warp, used once per call, so no
 // barrier is needed before it is written.

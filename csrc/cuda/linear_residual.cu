@@ -21,14 +21,7 @@ template <typename scalar_t>
 cudaError_t launch_typed(const LinearResidualParams& p, cudaStream_t stream) {
   const GemmOperands operands{p.x,           p.weight,       p.num_rows,         p.out_features,
                               p.in_features, p.x_row_stride, p.weight_row_stride};
-  BiasResidual<scalar_t> epilogue{};
-  epilogue.bias = static_cast<const scalar_t*>(p.bias);
-  epilogue.residual = static_cast<const scalar_t*>(p.residual);
-  epilogue.out = static_cast<scalar_t*>(p.out);
-  epilogue.residual_row_stride = p.residual_row_stride;
-  epilogue.out_row_stride = p.out_features;
-  epilogue.vectorised = is_aligned(p.bias) && pieces_aligned(epilogue.residual, p.residual_row_stride) &&
-                        pieces_aligned(epilogue.out, p.out_features);
+  const auto epilogue = bias_residual<scalar_t>(p.bias, p.residual, p.residual_row_stride, p.out, p.out_features);
   return launch_gemm<scalar_t, BOrder::kKMajor>("linear_residual", operands, epilogue, p.num_multiprocessors, stream);
 }
 

@@ -54,7 +54,7 @@ struct LmHeadEpilogue {
         const u64 candidate = pack_best(values[i], token + i);
         if (i < n && candidate > best) best = candidate;
       }
-      best = segment_reduce<kLanes>(best, [](u64 a, u64 b) { return a > b ? a : b; });
+      best = reduce_lanes<kLanes>(best, [](u64 a, u64 b) { return a > b ? a : b; });
       const float max_logit = from_order_key(packed_key(best));
       const float shift = max_logit == -INFINITY ? 0.0f : max_logit;
       float sum = 0.0f;
@@ -62,7 +62,7 @@ struct LmHeadEpilogue {
       for (int i = 0; i < kPiece; ++i) {
         if (i < n) sum += expf(values[i] - shift);
       }
-      sum = segment_reduce<kLanes>(sum, [](float a, float b) { return a + b; });
+      sum = sum_lanes<kLanes>(sum);
       if (row >= tile.rows) continue;
 
       const int64_t row_idx = tile.row0 + row;

@@ -5,6 +5,7 @@
 
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/lm_head.h"
+#include "csrc/cuda/reduce.cuh"
 
 namespace persimmon_fast::cuda {
 
@@ -36,22 +37,7 @@ DEV uint32_t packed_token(u64 best) { return ~static_cast<uint32_t>(best); }
 DEV uint32_t packed_key(u64 best) { return static_cast<uint32_t>(best >> 32); }
 
 DEV u64 warp_max(u64 value) {
-#pragma unroll
-  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-    const u64 other = __shfl_xor_sync(kFullMask, value, lane_mask);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-// In a fixed order: the same bits on every run, in every lane.
-template <typename T>
-DEV T warp_sum(T value) {
-#pragma unroll
-  for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-    value += __shfl_xor_sync(kFullMask, value, lane_mask);
-  }
-  return value;
+  return reduce_lanes<kWarpSize>(value, [](u64 a, u64 b) { return b > a ? b : a; });
 }
 
 // Of the block, in every thread. s_partial: one slot per warp; a barrier must lie between two uses of the same slots.
@@ -95,7 +81,7 @@ DEV RowStats merge_tiles(const TileStats& tiles, int64_t row, int num_tiles) {
   for (int tile = threadIdx.x; tile < num_tiles; tile += kThreads) {
     sum += g_sum[tile] * exp(static_cast<double>(g_max[tile]) - stats.max);
   }
-  stats.sum = block_reduce(sum, 0.0, s_sum, [](double x) { return warp_sum(x); });
+  stats.sum = block_reduce(sum, 0.0, s_sum, [](double x) { return sum_lanes(x); });
   return stats;
 }
 

@@ -19,6 +19,7 @@
 #include "csrc/common/norm_rope_params.h"
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
+#include "csrc/cuda/reduce.cuh"
 
 namespace persimmon_fast::cuda {
 
@@ -43,32 +44,6 @@ struct HeadValues {
   float first[HeadLayout<kHeadDim, kVec>::kPairs][kVec];
   float second[HeadLayout<kHeadDim, kVec>::kPairs][kVec];
 };
-
-// kVec elements at p. kAligned: kVec is whole chunks and p 16-byte aligned.
-template <bool kAligned, int kVec, typename scalar_t>
-DEV void load_vector(const scalar_t* p, float (&out)[kVec]) {
-  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
-  static_assert(kVec % kStep == 0);
-#pragma unroll
-  for (int begin = 0; begin < kVec; begin += kStep) {
-    const Chunk<scalar_t> chunk = load_chunk<kAligned>(p + begin, kStep);
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) out[begin + i] = to_float(chunk.values[i]);
-  }
-}
-
-template <bool kAligned, int kVec, typename scalar_t>
-DEV void store_vector(scalar_t* p, const float (&values)[kVec]) {
-  constexpr int kStep = kAligned ? Chunk<scalar_t>::kSize : 1;
-  static_assert(kVec % kStep == 0);
-#pragma unroll
-  for (int begin = 0; begin < kVec; begin += kStep) {
-    Chunk<scalar_t> chunk;
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) from_float(values[begin + i], chunk.values[i]);
-    store_chunk<kAligned>(p + begin, chunk, kStep);
-  }
-}
 
 template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
 DEV void load_head(const scalar_t* head, int half_rotary_dim, HeadValues<kHeadDim, kVec>& values) {
@@ -104,16 +79,6 @@ DEV void add(HeadValues<kHeadDim, kVec>& values, const HeadValues<kHeadDim, kVec
   }
 }
 
-// Sum over the lanes of a head, the same bits in each of them.
-template <int kLanes>
-DEV float head_sum(float value) {
-#pragma unroll
-  for (int lane_mask = kLanes / 2; lane_mask > 0; lane_mask /= 2) {
-    value += __shfl_xor_sync(kFullMask, value, lane_mask);
-  }
-  return value;
-}
-
 // values = (values - mean) * rstd * weight + bias. weight, bias: [kHeadDim] of this head. Every lane of the warp calls.
 template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
 DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, const scalar_t* bias, float eps,
@@ -125,7 +90,7 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
 #pragma unroll
     for (int j = 0; j < kVec; ++j) total += values.first[i][j] + values.second[i][j];
   }
-  const float rough_mean = head_sum<Layout::kLanes>(total) / kHeadDim;
+  const float rough_mean = sum_lanes<Layout::kLanes>(total) / kHeadDim;
   float deviation = 0.0f;
   float square = 0.0f;
 #pragma unroll
@@ -140,8 +105,8 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
     }
   }
   // The deviations' own mean corrects the rounded one, as in layer_norm.
-  const float correction = head_sum<Layout::kLanes>(deviation) / kHeadDim;
-  const float variance = fmaf(-correction, correction, head_sum<Layout::kLanes>(square) / kHeadDim);
+  const float correction = sum_lanes<Layout::kLanes>(deviation) / kHeadDim;
+  const float variance = fmaf(-correction, correction, sum_lanes<Layout::kLanes>(square) / kHeadDim);
   // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
   const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + eps);
   const float shift = -correction * rstd;

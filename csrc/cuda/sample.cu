@@ -84,11 +84,8 @@ DEV void penalise(const SampleParams& p, int64_t row, const RowLogits& logits) {
   for_each_tile(
       logits.num_tiles, [&](int tile) { return logits.tile_max[tile] != logits.tile_max[tile]; },
       [&](int tile) {
-        float best = max4(lane_logits(logits, tile));
-#pragma unroll
-        for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-          best = fmaxf(best, __shfl_xor_sync(kFullMask, best, lane_mask));
-        }
+        const float best =
+            reduce_lanes<kWarpSize>(max4(lane_logits(logits, tile)), [](float a, float b) { return fmaxf(a, b); });
         if (threadIdx.x % kWarpSize == 0) logits.tile_max[tile] = best;
       });
   __syncthreads();
@@ -316,12 +313,7 @@ __global__ void __launch_bounds__(kPassThreads) sample_draw_kernel(SampleParams 
       consider(z.w, random.words[3], 3);
     }
     if (__any_sync(kFullMask, best.score > before)) {
-      double score = best.score;
-#pragma unroll
-      for (int lane_mask = kWarpSize / 2; lane_mask > 0; lane_mask /= 2) {
-        score = fmax(score, __shfl_xor_sync(kFullMask, score, lane_mask));
-      }
-      bar = fmaxf(bar, bar_of(score));
+      bar = fmaxf(bar, bar_of(reduce_lanes<kWarpSize>(best.score, [](double a, double b) { return fmax(a, b); })));
     }
   }
   best = block_best<kPassThreads>(best);

@@ -62,7 +62,7 @@ struct ReluEpilogue {
         for (int i = 0; i < kPiece; ++i) {
           largest = max(largest, static_cast<uint32_t>(__half_as_ushort(__float2half_rn(relu[i])) & 0x7fff));
         }
-        largest = segment_reduce<Tile::kLanesPerRow>(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
+        largest = reduce_lanes<Tile::kLanesPerRow>(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
         if (n > 0 && col == 0) atomicMax(row_max + row_idx, largest);
       }
     });
@@ -130,15 +130,8 @@ cudaError_t launch_down(const SquaredReluMlpParams& p, cudaStream_t stream, cons
                         const Transform& transform) {
   const GemmOperands operands{
       p.hidden, p.down_weight, p.num_rows, p.hidden_size, p.intermediate_size, p.intermediate_size, p.down_row_stride};
-  BiasResidual<scalar_t, RowScale> epilogue{};
-  epilogue.bias = static_cast<const scalar_t*>(p.down_bias);
-  epilogue.residual = static_cast<const scalar_t*>(p.residual);
-  epilogue.out = static_cast<scalar_t*>(p.out);
-  epilogue.residual_row_stride = p.residual_row_stride;
-  epilogue.out_row_stride = p.hidden_size;
-  epilogue.vectorised = is_aligned(p.down_bias) && pieces_aligned(epilogue.residual, p.residual_row_stride) &&
-                        pieces_aligned(epilogue.out, p.hidden_size);
-  epilogue.scale = scale;
+  const auto epilogue =
+      bias_residual<scalar_t>(p.down_bias, p.residual, p.residual_row_stride, p.out, p.hidden_size, scale);
   return launch_gemm<scalar_t, kBOrder>("squared_relu_mlp down", operands, epilogue, p.num_multiprocessors, stream,
                                         transform);
 }

@@ -5,7 +5,7 @@
 #include <map>
 #include <string>
 
-#include "csrc/emu/ptx_on_cpu.h"
+#include "csrc/emu/cuda_on_cpu.h"
 
 struct Args {
   void* pointers[4];

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-
-def read_tables() -> dict[str, np.ndarray]:
-    tables = {}
-    for line in Path(__file__).with_name("cute_layouts.txt").read_text().splitlines():
-        if not line.startswith("#"):
-            name, num_lanes, num_values, *values = line.split()
-            tables[name] = np.array(values, np.int64).reshape(int(num_lanes), int(num_values))
-    return tables
-
-
-CUTE = read_tables()
-
-
-def bits_of(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Small integers as bf16 or fp16 bits."""
-    if dtype == "fp16":
-        return values.astype(np.float16).view(np.uint16)
-    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+from cute import CUTE, ldmatrix_case, mma_case
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_mma_layout_equals_cute(library, dtype):
-    rng = np.random.default_rng(0)
-    a, b, c = (rng.integers(-8, 9, shape) for shape in ((16, 16), (16, 8), (16, 8)))  # exact in 16 bits and in fp32
-    a_fragment = bits_of(a[CUTE["A"] % 16, CUTE["A"] // 16], dtype)
-    b_fragment = bits_of(b[CUTE["B"] // 8, CUTE["B"] % 8], dtype)
-    c_fragment = c[CUTE["C"] % 16, CUTE["C"] // 16].astype(np.float32)
-    d_fragment = np.full((32, 4), np.nan, np.float32)
-    library.run(f"mma_{dtype}", a_fragment, b_fragment, c_fragment, d_fragment)
-    np.testing.assert_array_equal(d_fragment, (a @ b + c)[CUTE["C"] % 16, CUTE["C"] // 16])
+    a, b, c, expected = mma_case(dtype)
+    d = np.full((32, 4), np.nan, np.float32)
+    library.run(f"mma_{dtype}", a, b, c, d)
+    np.testing.assert_array_equal(d, expected)
 
 
 def test_mma_reads_special_fp16_values(library):
@@ -61,14 +37,10 @@ def test_mma_reads_special_fp16_values(library):
 @pytest.mark.parametrize("trans", ["", "_trans"])
 @pytest.mark.parametrize("num_matrices", [1, 2, 4])
 def test_ldmatrix_layout_equals_cute(library, num_matrices, trans):
-    """CuTe's tables are of x4. Matrix i lies in register i, so those of x1 and x2 are their beginnings."""
-    source, destination = CUTE[f"ldmatrix{trans}_src"], CUTE[f"ldmatrix{trans}_dst"][:, : 2 * num_matrices]
-    rows = np.arange(1000, 1000 + 64 * num_matrices, dtype=np.uint16)
-    element = np.zeros(256, np.uint16)  # of CuTe's numbering
-    element[source[: 8 * num_matrices].reshape(-1)] = rows
-    registers = np.zeros((32, 2 * num_matrices), np.uint16)
+    rows, expected = ldmatrix_case(num_matrices, trans)
+    registers = np.zeros_like(expected)
     library.run(f"ldmatrix_x{num_matrices}{trans}", rows, registers)
-    np.testing.assert_array_equal(registers, element[destination])
+    np.testing.assert_array_equal(registers, expected)
 
 
 @pytest.mark.parametrize("trans", ["", "_trans"])

@@ -11,7 +11,7 @@ MUTANTS = [
         "to_float(r_row[k].values[i])",
     ),
     Mutant("the last row of a block of warps is left out", "row >= p.num_rows", "row >= p.num_rows - 1"),
-    Mutant("a lane's last exchange is missing", "lane_mask > 0;", "lane_mask > 1;"),
+    Mutant("a lane's last exchange is missing", "lane_mask > 0;", "lane_mask > 1;", "csrc/cuda/reduce.cuh"),
     Mutant(
         "rows longer than the registers are not read again",
         "if (!held) r_row[k] = load_chunk<kAligned>(g_row + column, n);\n#pragma",

@@ -12,7 +12,9 @@ MUTANTS = [
     Mutant("the sines are the cosines", "cos_sin + half_rotary_dim + column", "cos_sin + column", _SHARED),
     Mutant("the rotation goes backwards", "-(second * sin[j])", "second * sin[j]", _SHARED),
     Mutant("columns past rotary_dim are rotated", "if (column >= half_rotary_dim) continue;", "", _SHARED),
-    Mutant("the last exchange of the statistics is missing", "lane_mask > 0;", "lane_mask > 1;", _SHARED),
+    Mutant(
+        "the last exchange of the statistics is missing", "lane_mask > 0;", "lane_mask > 1;", "csrc/cuda/reduce.cuh"
+    ),
     Mutant("the mean is not corrected", "-correction * rstd", "0.0f", _SHARED),
     Mutant("an overflow of the variance is hidden", "variance + (variance - variance)", "variance", _SHARED),
     Mutant(

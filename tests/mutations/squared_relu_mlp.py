@@ -5,7 +5,7 @@ GEMM = "csrc/cuda/gemm.cuh"
 MUTANTS = [
     Mutant("NaN becomes zero", "z <= 0.0f ? 0.0f : z;", "z > 0.0f ? z : 0.0f;"),
     Mutant("no relu", "z <= 0.0f ? 0.0f : z;", "z;"),
-    Mutant("a row's maximum is that of its first 8 columns", "segment_reduce<Tile::kLanesPerRow>", "segment_reduce<1>"),
+    Mutant("a row's maximum is that of its first 8 columns", "reduce_lanes<Tile::kLanesPerRow>", "reduce_lanes<1>"),
     Mutant("a row's maximum is that of its last tile", "atomicMax(row_max + row_idx", "atomicExch(row_max + row_idx"),
     Mutant("rows are never divided", "7), 30); }", "22), 22); }"),
     Mutant("rows of small values are not multiplied", "7), 30); }", "22), 30); }"),
