@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.counts import Counts
+from persimmon_fast.memory import empty_huge
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -126,7 +127,7 @@ class Workspace:
             self._block = torch.empty(0, dtype=self.dtype, device=self.device)  # free before allocating
             pool = torch.randn(min(self._POOL, wanted), generator=self._generator) * self.STD
             pool = pool.to(self.device, self.dtype)
-            self._block = torch.empty(wanted, dtype=self.dtype, device=self.device)
+            self._block = empty_huge((wanted,), self.dtype, self.device)
             for start in range(0, wanted, pool.numel()):
                 self._block[start : start + pool.numel()] = pool[: wanted - start]
         return self._block

@@ -5,6 +5,7 @@
 
 #include "build_info.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/ops/huge_pages.h"
 #include "csrc/ops/read_memory.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_cpu_isa", [] { return isa_name(best_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name.c_str())); });
 
+  m.def("advise_huge_pages", &persimmon_fast::advise_huge_pages);
   m.def("read_memory", &persimmon_fast::read_memory, pybind11::call_guard<pybind11::gil_scoped_release>());
 
   m.attr("build_summary") = PF_SUMMARY;      // one line: version, instruction sets, CUDA, compiler, torch

@@ -36,6 +36,8 @@ from persimmon_fast.checkpoint_files import (
 )
 from persimmon_fast.checkpoint_save import save_checkpoint
 from persimmon_fast.checkpoint_tensors import DOWN_PROJECTION, EMBEDDING, HEAD, expected_tensors
+from persimmon_fast.memory import use_huge_pages
+from persimmon_fast.ops import to_neuron_major
 
 if TYPE_CHECKING:
     from persimmon_fast.config import PersimmonConfig
@@ -122,13 +124,13 @@ def _load_tensor(
     stored = file.headers[name].dtype
     transpose = name.endswith(DOWN_PROJECTION)
     if not transpose and device.type == "cpu" and target in (None, stored):
-        tensor = file.view(name)
+        tensor = use_huge_pages(file.view(name))
     else:
         tensor = file.read(name)
         if target is not None:
             tensor = tensor.to(target)
         if transpose:
-            tensor = tensor.t().contiguous().t()
+            tensor = to_neuron_major(tensor)
     if check_finite:
         _check_finite(file, name, tensor)
     return tensor.to(device)  # keeps strides

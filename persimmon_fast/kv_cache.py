@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.memory import empty_huge
 
 PAGE_SIZE = 64
 
@@ -53,8 +54,8 @@ class PagedKVCache:
         num_pages = batch_size * max(1, _pages(capacity))
         shape = (num_pages, config.num_attention_heads, PAGE_SIZE, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.k = [torch.empty(shape, dtype=dtype, device=self.device) for _ in layers]
-        self.v = [torch.empty(shape, dtype=dtype, device=self.device) for _ in layers]
+        self.k = [empty_huge(shape, dtype, self.device) for _ in layers]
+        self.v = [empty_huge(shape, dtype, self.device) for _ in layers]
         self.seqlens = [0] * batch_size
         self.num_columns = 0  # of the padded batch that the caller has passed so far
         self._pages: list[list[int]] = [[] for _ in range(batch_size)]
@@ -165,7 +166,8 @@ class PagedKVCache:
         extra = max(at_least, old)
         for pools in (self.k, self.v):
             for layer, pool in enumerate(pools):
-                pools[layer] = torch.cat([pool, pool.new_empty(extra, *pool.shape[1:])])
+                pools[layer] = empty_huge((old + extra, *pool.shape[1:]), pool.dtype, pool.device)
+                pools[layer][:old] = pool
         self._owners += [0] * extra
         self._free = list(range(old + extra - 1, old - 1, -1)) + self._free
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from persimmon_fast import _C
+from persimmon_fast.memory import empty_huge
 
 _READ_BYTES = 2 * 2**30  # far more than any last-level cache holds
 
@@ -29,7 +30,8 @@ def read_bandwidth(num_bytes: int | None = None, repeats: int = 5) -> float:
     """
     if num_bytes is None:
         num_bytes = min(_READ_BYTES, available_memory() // 4)
-    buffer = torch.ones(num_bytes, dtype=torch.uint8)  # written, since untouched pages are all the same zero page
+    # written, since untouched pages are all the same zero page
+    buffer = empty_huge((num_bytes,), torch.uint8).fill_(1)
     rates = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from persimmon_fast import extension, reference  # noqa: F401  extension registers the ops
+from persimmon_fast.memory import empty_huge
 
 _FORCE_REFERENCE = os.environ.get("PERSIMMON_FAST_FORCE_REFERENCE", "0") not in ("", "0")
 MAX_HEAD_DIM = 128
@@ -378,7 +379,10 @@ def squared_relu_mlp(
 def to_neuron_major(down_weight: Tensor) -> Tensor:
     """The same [hidden_size, intermediate_size] matrix, lying in memory as one row per neuron (strides
     (1, hidden_size)); the tensor itself where it lies so already."""
-    return down_weight.t().contiguous().t()
+    rows = down_weight.t()
+    if rows.is_contiguous():
+        return down_weight
+    return empty_huge(rows.shape, rows.dtype, rows.device).copy_(rows).t()
 
 
 def lm_head_argmax(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
