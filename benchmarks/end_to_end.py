@@ -31,6 +31,7 @@ from benchmarks.timing import Budget, Stats, Variant, WallTimer, interleave
 from benchmarks.transformers_modes import Mode, UnavailableError, transformers_modes
 from persimmon_fast import PersimmonConfig, PersimmonForCausalLM
 from persimmon_fast.kv_cache import PagedKVCache
+from persimmon_fast.sparsity import up_projection_input
 
 SHIFTED_ZEROS = 0.9
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
@@ -119,7 +120,9 @@ class UpBiases:
 
     @contextmanager
     def _before_mlps(self, action: Callable[[Any, Tensor], None]) -> Iterator[None]:
-        hooks = [m.register_forward_pre_hook(lambda mlp, inputs: action(mlp, inputs[0])) for m in self._mlps]
+        hooks = [
+            m.register_forward_pre_hook(lambda mlp, args: action(mlp, up_projection_input(args))) for m in self._mlps
+        ]
         try:
             yield
         finally:

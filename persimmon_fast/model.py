@@ -8,8 +8,8 @@ tokens and cannot change one another. Module and parameter names are those of tr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from persimmon_fast.checkpoint import load_checkpoint, save_checkpoint
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.generation import GenerationConfig, GenerationMixin
 from persimmon_fast.kv_cache import CacheSlots, PagedKVCache
+from persimmon_fast.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from persimmon_fast.rope import rope_cos_sin
 
 if TYPE_CHECKING:
@@ -68,36 +69,15 @@ class PackedBatch:
     slots: CacheSlots | None  # None: no cache
 
 
-class ModelOutput:
-    """Attribute, string and index access to the fields that are not None, as in transformers."""
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(self[key] for key in self.keys())
-
-    def keys(self) -> list[str]:
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]  # type: ignore[arg-type]
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        if isinstance(key, str):
-            if key not in self.keys():
-                raise KeyError(key)
-            return getattr(self, key)
-        return self.to_tuple()[key]
+class _InputNorm(TypedDict):
+    norm_weight: Tensor
+    norm_bias: Tensor
+    norm_eps: float
 
 
-@dataclass
-class BaseModelOutputWithPast(ModelOutput):
-    last_hidden_state: Tensor  # [batch_size, seqlen, hidden_size], after the final LayerNorm, 0 at padding
-    past_key_values: PagedKVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # embeddings, then after each layer; the last is normalised
-
-
-@dataclass
-class CausalLMOutputWithPast(ModelOutput):
-    loss: Tensor | None = None  # scalar fp32: mean cross-entropy of the shifted labels that are not -100
-    logits: Tensor | None = None  # [batch_size, kept, vocab_size]
-    past_key_values: PagedKVCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
+def _input_norm(norm: nn.LayerNorm) -> _InputNorm:
+    """As the ops that normalise their own input take it."""
+    return {"norm_weight": norm.weight, "norm_bias": norm.bias, "norm_eps": norm.eps}
 
 
 class PersimmonAttention(nn.Module):
@@ -110,8 +90,9 @@ class PersimmonAttention(nn.Module):
         self.q_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
         self.k_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
 
-    def forward(self, x: Tensor, residual: Tensor, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
-        """residual + attention(x); x, residual [num_tokens, hidden_size]; kv: this layer's pages."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x + attention(norm(x)); x [num_tokens, hidden_size]; kv: this layer's pages."""
+        input_norm = _input_norm(norm)
         q_norm, k_norm = self.q_layernorm, self.k_layernorm
         projection = (
             x,
@@ -127,7 +108,7 @@ class PersimmonAttention(nn.Module):
             self.num_heads,
         )
         if kv is not None and batch.slots is not None:
-            q = ops.qkv_norm_rope_paged(*projection, batch.slots.slot_mapping, *kv)
+            q = ops.qkv_norm_rope_paged(*projection, batch.slots.slot_mapping, *kv, **input_norm)
             out = ops.paged_attention(
                 q,
                 *kv,
@@ -137,7 +118,7 @@ class PersimmonAttention(nn.Module):
                 max_seqlen_q=batch.max_seqlen_q,
             )
         else:
-            q, k, v = ops.qkv_norm_rope(*projection)
+            q, k, v = ops.qkv_norm_rope(*projection, **input_norm)
             out, _ = ops.flash_attention(
                 q,
                 k,
@@ -147,7 +128,7 @@ class PersimmonAttention(nn.Module):
                 max_seqlen_q=batch.max_seqlen_q,
                 max_seqlen_k=batch.max_seqlen_q,
             )
-        return ops.linear_residual(out.flatten(1), self.dense.weight, self.dense.bias, residual)
+        return ops.linear_residual(out.flatten(1), self.dense.weight, self.dense.bias, x)
 
 
 class PersimmonMLP(nn.Module):
@@ -159,13 +140,14 @@ class PersimmonMLP(nn.Module):
         with torch.no_grad():  # one row per neuron in memory: zeros of relu^2 can be skipped
             self.dense_4h_to_h.weight = nn.Parameter(ops.to_neuron_major(self.dense_4h_to_h.weight))
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + dropout(mlp(x)); x, residual [num_tokens, hidden_size]."""
+    def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """x + dropout(mlp(norm(x))); x [num_tokens, hidden_size]."""
         up, down = self.dense_h_to_4h, self.dense_4h_to_h
+        weights = (up.weight, up.bias, down.weight, down.bias)
+        input_norm = _input_norm(norm)
         if self.training and self.dropout > 0:
-            out = ops.squared_relu_mlp(x, up.weight, up.bias, down.weight, down.bias)
-            return residual + F.dropout(out, self.dropout)
-        return ops.squared_relu_mlp(x, up.weight, up.bias, down.weight, down.bias, residual)
+            return x + F.dropout(ops.squared_relu_mlp(x, *weights, **input_norm), self.dropout)
+        return ops.squared_relu_mlp(x, *weights, x, **input_norm)
 
 
 class PersimmonDecoderLayer(nn.Module):
@@ -177,10 +159,8 @@ class PersimmonDecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, x: Tensor, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
-        norm = self.input_layernorm
-        x = self.self_attn(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x, batch, kv)
-        norm = self.post_attention_layernorm
-        return self.mlp(ops.layer_norm(x, norm.weight, norm.bias, norm.eps), x)
+        x = self.self_attn(x, self.input_layernorm, batch, kv)
+        return self.mlp(x, self.post_attention_layernorm)
 
 
 class PersimmonPreTrainedModel(nn.Module):

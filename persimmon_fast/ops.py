@@ -103,6 +103,12 @@ def add_layer_norm(
     return out.view(x.shape), total.view(x.shape)
 
 
+def _normalised(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, norm_eps: float) -> Tensor:
+    if norm_weight is None or norm_bias is None:
+        return x
+    return reference.layer_norm(x, norm_weight, norm_bias, norm_eps)
+
+
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
@@ -165,6 +171,10 @@ def qkv_norm_rope(
     position_ids: Tensor,
     eps: float,
     num_heads: int,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of x: projection + bias, LayerNorm of q and k, rotary embedding; v is the bare projection.
 
@@ -172,18 +182,31 @@ def qkv_norm_rope(
         x: [num_tokens, hidden_size].
         weight: [num_heads * 3 * head_dim, hidden_size], per head its q, k and v rows; bias: its rows, or None.
         num_heads: splits the rows of weight.
+        norm_weight, norm_bias: [hidden_size], both or none: x is replaced by layer_norm(x, norm_weight, norm_bias,
+            norm_eps) first, bit for bit, without a pass of its own where few tokens come.
         the others: as in `qk_norm_rope`.
     Returns:
         q, k, v: [num_tokens, num_heads, head_dim] each.
     """
     head_dim = weight.shape[0] // (3 * num_heads) if num_heads > 0 else 0
-    if not _use_kernel("qkv_norm_rope", x, weight, bias, q_weight, head_dim=head_dim):
+    if not _use_kernel("qkv_norm_rope", x, weight, bias, q_weight, norm_weight, head_dim=head_dim):
         return reference.qkv_norm_rope(
-            x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
+            _normalised(x, norm_weight, norm_bias, norm_eps),
+            weight,
+            bias,
+            q_weight,
+            q_bias,
+            k_weight,
+            k_bias,
+            cos_sin,
+            position_ids,
+            eps,
+            num_heads,
         )
     return _kernel("qkv_norm_rope")(
-        x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
-    )
+        x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads,
+        norm_weight, norm_bias, norm_eps,
+    )  # fmt: skip
 
 
 def qkv_norm_rope_paged(
@@ -201,6 +224,10 @@ def qkv_norm_rope_paged(
     slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """`qkv_norm_rope` that writes k and v to the paged cache, in place, and returns q.
 
@@ -213,15 +240,25 @@ def qkv_norm_rope_paged(
         q: [num_tokens, num_heads, head_dim].
     """
     head_dim = k_cache.shape[-1]
-    if not _use_kernel("qkv_norm_rope_paged", x, weight, bias, q_weight, head_dim=head_dim):
+    if not _use_kernel("qkv_norm_rope_paged", x, weight, bias, q_weight, norm_weight, head_dim=head_dim):
         q, k, v = reference.qkv_norm_rope(
-            x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
+            _normalised(x, norm_weight, norm_bias, norm_eps),
+            weight,
+            bias,
+            q_weight,
+            q_bias,
+            k_weight,
+            k_bias,
+            cos_sin,
+            position_ids,
+            eps,
+            num_heads,
         )
         reference.write_paged(k, v, slot_mapping, k_cache, v_cache)
         return q
     return _kernel("qkv_norm_rope_paged")(
         x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads,
-        slot_mapping, k_cache, v_cache,
+        slot_mapping, k_cache, v_cache, norm_weight, norm_bias, norm_eps,
     )  # fmt: skip
 
 
@@ -341,6 +378,10 @@ def squared_relu_mlp(
     down_weight: Tensor,
     down_bias: Tensor | None,
     residual: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-5,
 ) -> Tensor:
     """(residual +) relu(x U^T + b_u)^2 D^T + b_d.
 
@@ -354,11 +395,14 @@ def squared_relu_mlp(
         up_weight: [intermediate_size, hidden_size]; up_bias: [intermediate_size] or None.
         down_weight: [hidden_size, intermediate_size], in either memory order; down_bias: [hidden_size] or None.
         residual: [..., hidden_size] or None.
+        norm_weight, norm_bias: [hidden_size], both or none: x (not residual) is replaced by layer_norm(x, norm_weight,
+            norm_bias, norm_eps) first, bit for bit, without a pass of its own where few rows come.
     Returns:
         [..., hidden_size].
     Source: So et al. 2021, Primer, arXiv:2109.08668 (squared ReLU).
     """
-    if not _use_kernel("squared_relu_mlp", x, up_weight, up_bias, down_weight, down_bias, residual):
+    if not _use_kernel("squared_relu_mlp", x, up_weight, up_bias, down_weight, down_bias, residual, norm_weight):
+        x = _normalised(x, norm_weight, norm_bias, norm_eps)
         return reference.squared_relu_mlp(x, up_weight, up_bias, down_weight, down_bias, residual)
     if down_weight.device.type == "cpu" and down_weight.stride(0) != 1 and down_weight.shape[0] > 1:
         _warn_once(
@@ -372,6 +416,9 @@ def squared_relu_mlp(
         down_weight,
         down_bias,
         None if residual is None else residual.reshape(-1, residual.shape[-1]),
+        norm_weight,
+        norm_bias,
+        norm_eps,
     )
     return out.view(*x.shape[:-1], down_weight.shape[0])
 

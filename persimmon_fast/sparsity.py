@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from persimmon_fast import ops
 from persimmon_fast.costs import DTYPE_BYTES, model_costs
 from persimmon_fast.kv_cache import PagedKVCache
 from persimmon_fast.model import PersimmonForCausalLM, PersimmonMLP, PersimmonModel
@@ -192,9 +193,16 @@ class _Counter:
         self._last = rows[-(WINDOWS[-1] - 1) :].clone()
 
 
-def _count_input(counter: _Counter, mlp: PersimmonMLP, args: tuple[Tensor, Tensor]) -> None:
-    """A forward pre-hook of an MLP, whose input is normalised already."""
-    counter.add(active_neurons(args[0], mlp.dense_h_to_4h.weight, mlp.dense_h_to_4h.bias))
+def up_projection_input(args: tuple[Tensor, nn.LayerNorm]) -> Tensor:
+    """What the up-projection of a PersimmonMLP multiplies, from the arguments of its forward pre-hook."""
+    x, norm = args
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+
+
+def _count_input(counter: _Counter, mlp: PersimmonMLP, args: tuple[Tensor, nn.LayerNorm]) -> None:
+    """A forward pre-hook of an MLP."""
+    up = mlp.dense_h_to_4h
+    counter.add(active_neurons(up_projection_input(args), up.weight, up.bias))
 
 
 def _input_ids(

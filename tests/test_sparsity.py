@@ -44,9 +44,9 @@ def mlp_inputs() -> Iterator[list[Tensor]]:
     inputs: list[Tensor] = []
     op = ops.squared_relu_mlp
 
-    def recorded(x: Tensor, *rest: Tensor) -> Tensor:
-        inputs.append(x.clone())
-        return op(x, *rest)
+    def recorded(x: Tensor, *rest: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_eps: float) -> Tensor:
+        inputs.append(ops.layer_norm(x, norm_weight, norm_bias, norm_eps))
+        return op(inputs[-1], *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "squared_relu_mlp", recorded)
@@ -177,7 +177,7 @@ def test_text_backbone_and_ids_agree_and_no_hook_stays(monkeypatch: pytest.Monke
     for other in (ids, torch.tensor([ids], dtype=torch.int32)):
         assert torch.equal(sparsity.report(model.model, other).active[4], expected.active[4])
 
-    def broken(*_: Tensor) -> Tensor:
+    def broken(*_: object, **__: object) -> Tensor:
         raise RuntimeError("broken")
 
     monkeypatch.setattr(ops, "squared_relu_mlp", broken)

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "csrc/cpu/layer_norm.h"
+#include "csrc/ops/input_norm.h"
 
 namespace persimmon_fast {
 namespace {
@@ -33,6 +34,10 @@ std::tuple<at::Tensor, at::Tensor> add_layer_norm_cpu(const at::Tensor& x, const
 }
 
 }  // namespace
+
+at::Tensor normalised_cpu(const at::Tensor& x, const InputNorm& norm) {
+  return norm.weight.has_value() ? layer_norm_cpu(x, *norm.weight, *norm.bias, norm.eps) : x;
+}
 
 TORCH_LIBRARY_IMPL(persimmon_fast, Meta, m) {
   m.impl("layer_norm", layer_norm_meta);

@@ -48,12 +48,13 @@ void run_cpu(const QkvOutputs& out, const at::Tensor& x, const at::Tensor& weigh
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_cpu(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_weight,
     const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
-    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads) {
-  auto [q, k, v] =
-      qkv_norm_rope_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads);
+    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
+  auto [q, k, v] = qkv_norm_rope_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
+                                      num_heads, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
   check_positions_cpu("qkv_norm_rope", a);
-  run_cpu(qkv_outputs(q, k, v), x, weight, bias, a, num_heads);
+  run_cpu(qkv_outputs(q, k, v), normalised_cpu(x, {norm_weight, norm_bias, norm_eps}), weight, bias, a, num_heads);
   return {q, k, v};
 }
 
@@ -62,14 +63,16 @@ at::Tensor qkv_norm_rope_paged_cpu(const at::Tensor& x, const at::Tensor& weight
                                    const OptionalTensor& k_weight, const OptionalTensor& k_bias,
                                    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps,
                                    int64_t num_heads, const at::Tensor& slot_mapping, const at::Tensor& k_cache,
-                                   const at::Tensor& v_cache) {
-  at::Tensor q = qkv_norm_rope_paged_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids,
-                                          eps, num_heads, slot_mapping, k_cache, v_cache);
+                                   const at::Tensor& v_cache, const OptionalTensor& norm_weight,
+                                   const OptionalTensor& norm_bias, double norm_eps) {
+  at::Tensor q =
+      qkv_norm_rope_paged_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
+                               num_heads, slot_mapping, k_cache, v_cache, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
   check_positions_cpu("qkv_norm_rope_paged", a);
   const Paged paged{slot_mapping, k_cache, v_cache};
   check_slots_cpu("qkv_norm_rope_paged", paged);
-  run_cpu(qkv_outputs(q, paged), x, weight, bias, a, num_heads);
+  run_cpu(qkv_outputs(q, paged), normalised_cpu(x, {norm_weight, norm_bias, norm_eps}), weight, bias, a, num_heads);
   return q;
 }
 

@@ -6,6 +6,7 @@
 
 #include "csrc/common/norm_rope_params.h"
 #include "csrc/ops/checks.h"
+#include "csrc/ops/input_norm.h"
 #include "csrc/ops/norm_rope.h"
 
 namespace persimmon_fast {
@@ -18,7 +19,8 @@ struct Paged {
 
 // Returns head_dim.
 inline c10::SymInt check_qkv_norm_rope(const char* op, const at::Tensor& x, const at::Tensor& weight,
-                                       const OptionalTensor& bias, const NormRopeArgs& a, int64_t num_heads) {
+                                       const OptionalTensor& bias, const NormRopeArgs& a, int64_t num_heads,
+                                       const InputNorm& norm) {
   check_float(op, "x", x);
   check_shape(op, "x", x, {-1, -1}, "[num_tokens, hidden_size]");
   TORCH_CHECK_VALUE(x.sym_size(1) > 0, op, ": x must have hidden_size > 0, got ", x.sym_sizes());
@@ -37,6 +39,7 @@ inline c10::SymInt check_qkv_norm_rope(const char* op, const at::Tensor& x, cons
   }
   const c10::SymInt head_dim = rows / (3 * num_heads);
   check_norm_rope(op, a, "x", x, x.sym_size(0), num_heads, head_dim);
+  check_input_norm(op, norm, x);
   return head_dim;
 }
 
@@ -74,9 +77,11 @@ inline QkvOutputs qkv_outputs(const at::Tensor& q, const Paged& paged) {
 inline std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_meta(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_weight,
     const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
-    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads) {
+    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  const c10::SymInt head_dim = check_qkv_norm_rope("qkv_norm_rope", x, weight, bias, a, num_heads);
+  const c10::SymInt head_dim =
+      check_qkv_norm_rope("qkv_norm_rope", x, weight, bias, a, num_heads, {norm_weight, norm_bias, norm_eps});
   return {empty_heads(x, num_heads, head_dim), empty_heads(x, num_heads, head_dim),
           empty_heads(x, num_heads, head_dim)};
 }
@@ -86,10 +91,12 @@ inline at::Tensor qkv_norm_rope_paged_meta(const at::Tensor& x, const at::Tensor
                                            const OptionalTensor& k_weight, const OptionalTensor& k_bias,
                                            const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps,
                                            int64_t num_heads, const at::Tensor& slot_mapping, const at::Tensor& k_cache,
-                                           const at::Tensor& v_cache) {
+                                           const at::Tensor& v_cache, const OptionalTensor& norm_weight,
+                                           const OptionalTensor& norm_bias, double norm_eps) {
   const char* op = "qkv_norm_rope_paged";
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  const c10::SymInt head_dim = check_qkv_norm_rope(op, x, weight, bias, a, num_heads);
+  const c10::SymInt head_dim =
+      check_qkv_norm_rope(op, x, weight, bias, a, num_heads, {norm_weight, norm_bias, norm_eps});
   check_paged(op, x, num_heads, head_dim, {slot_mapping, k_cache, v_cache});
   return empty_heads(x, num_heads, head_dim);
 }

@@ -20,12 +20,13 @@ inline void define_ops(torch::Library& m) {
   m.def(
       "qkv_norm_rope(Tensor x, Tensor weight, Tensor? bias, Tensor? q_weight, Tensor? q_bias,"
       " Tensor? k_weight, Tensor? k_bias, Tensor cos_sin, Tensor position_ids, float eps,"
-      " int num_heads) -> (Tensor q, Tensor k, Tensor v)");
+      " int num_heads, Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5)"
+      " -> (Tensor q, Tensor k, Tensor v)");
   m.def(
       "qkv_norm_rope_paged(Tensor x, Tensor weight, Tensor? bias, Tensor? q_weight,"
       " Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor cos_sin, Tensor position_ids,"
-      " float eps, int num_heads, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache)"
-      " -> Tensor q");
+      " float eps, int num_heads, Tensor slot_mapping, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+      " Tensor? norm_weight=None, Tensor? norm_bias=None, float norm_eps=1e-5) -> Tensor q");
 
   m.def(
       "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
@@ -39,7 +40,8 @@ inline void define_ops(torch::Library& m) {
   m.def("linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor");
   m.def(
       "squared_relu_mlp(Tensor x, Tensor up_weight, Tensor? up_bias, Tensor down_weight,"
-      " Tensor? down_bias, Tensor? residual) -> Tensor");
+      " Tensor? down_bias, Tensor? residual, Tensor? norm_weight=None, Tensor? norm_bias=None,"
+      " float norm_eps=1e-5) -> Tensor");
 
   m.def("lm_head_argmax(Tensor x, Tensor weight) -> (Tensor token_ids, Tensor logprobs)");
   m.def(

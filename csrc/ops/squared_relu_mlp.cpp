@@ -63,7 +63,7 @@ void down_row_major(const MlpArgs& a, const at::Tensor& hidden, const at::Tensor
 void run_few_rows(const MlpArgs& a, const at::Tensor& out) {
   const int64_t num_rows = a.x.size(0);
   const int64_t intermediate_size = a.up_weight.size(0);
-  const at::Tensor packed = pack_activations(a.x);
+  const at::Tensor packed = pack_activations(normalised_cpu(a.x, a.norm));
   const at::Tensor hidden = fp32_scratch(num_rows * intermediate_size).view({num_rows, intermediate_size});
   const at::Tensor active = at::empty({intermediate_size}, at::TensorOptions().dtype(at::kByte));
   cpu::SquaredReluUpParams p{};
@@ -81,7 +81,7 @@ void run_few_rows(const MlpArgs& a, const at::Tensor& out) {
 
 at::Tensor run_many_rows(const MlpArgs& a) {
   const int64_t num_rows = a.x.size(0);
-  const at::Tensor hidden = at::linear(a.x, a.up_weight, a.up_bias).contiguous();
+  const at::Tensor hidden = at::linear(normalised_cpu(a.x, a.norm), a.up_weight, a.up_bias).contiguous();
   const at::Tensor unscale = fp32_scratch(num_rows);
   const auto grain = [](int64_t row_size) { return std::max<int64_t>(1, 16384 / row_size); };
   cpu::SquaredReluRowsParams p{};
@@ -107,13 +107,15 @@ at::Tensor run_many_rows(const MlpArgs& a) {
 
 at::Tensor squared_relu_mlp_cpu(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,
                                 const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                                const OptionalTensor& residual) {
-  const MlpArgs a{x, up_weight, up_bias, down_weight, down_bias, residual};
+                                const OptionalTensor& residual, const OptionalTensor& norm_weight,
+                                const OptionalTensor& norm_bias, double norm_eps) {
+  const MlpArgs a{x, up_weight, up_bias, down_weight, down_bias, residual, {norm_weight, norm_bias, norm_eps}};
   if (x.dim() == 2 && x.size(0) > cpu::kMaxStreamRows) {
     check_mlp(a);
     return run_many_rows(a);
   }
-  at::Tensor out = squared_relu_mlp_meta(x, up_weight, up_bias, down_weight, down_bias, residual);
+  at::Tensor out =
+      squared_relu_mlp_meta(x, up_weight, up_bias, down_weight, down_bias, residual, norm_weight, norm_bias, norm_eps);
   if (out.numel() > 0) run_few_rows(a, out);
   return out;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/ops/checks.h"
+#include "csrc/ops/input_norm.h"
 
 namespace persimmon_fast {
 
@@ -12,6 +13,7 @@ struct MlpArgs {
   const at::Tensor& down_weight;
   const OptionalTensor& down_bias;
   const OptionalTensor& residual;
+  InputNorm norm;
 };
 
 inline void check_mlp(const MlpArgs& a) {
@@ -47,6 +49,7 @@ inline void check_mlp(const MlpArgs& a) {
     check_shape(op, "residual", *a.residual, {a.x.sym_size(0), hidden_size}, "[num_rows, hidden_size]");
     check_dense_rows(op, "residual", *a.residual);
   }
+  check_input_norm(op, a.norm, a.x);
 }
 
 inline bool is_neuron_major(const at::Tensor& down_weight) {
@@ -57,8 +60,9 @@ inline int64_t row_stride_or_zero(const OptionalTensor& t) { return t.has_value(
 
 inline at::Tensor squared_relu_mlp_meta(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,
                                         const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                                        const OptionalTensor& residual) {
-  check_mlp({x, up_weight, up_bias, down_weight, down_bias, residual});
+                                        const OptionalTensor& residual, const OptionalTensor& norm_weight,
+                                        const OptionalTensor& norm_bias, double norm_eps) {
+  check_mlp({x, up_weight, up_bias, down_weight, down_bias, residual, {norm_weight, norm_bias, norm_eps}});
   return at::empty_symint({x.sym_size(0), x.sym_size(1)}, x.options());
 }
 

@@ -3,6 +3,7 @@
 
 #include "csrc/cuda/layer_norm.h"
 #include "csrc/ops/cuda/device.h"
+#include "csrc/ops/input_norm.h"
 
 namespace persimmon_fast {
 namespace {
@@ -25,6 +26,10 @@ std::tuple<at::Tensor, at::Tensor> add_layer_norm_cuda(const at::Tensor& x, cons
 }
 
 }  // namespace
+
+at::Tensor normalised_cuda(const at::Tensor& x, const InputNorm& norm) {
+  return norm.weight.has_value() ? layer_norm_cuda(x, *norm.weight, *norm.bias, norm.eps) : x;
+}
 
 PF_CUDA_LIBRARY_IMPL(m) {
   m.impl("layer_norm", layer_norm_cuda);

@@ -27,12 +27,14 @@ void run_cuda(const char* op, const QkvOutputs& out, const at::Tensor& x, const 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_cuda(
     const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const OptionalTensor& q_weight,
     const OptionalTensor& q_bias, const OptionalTensor& k_weight, const OptionalTensor& k_bias,
-    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads) {
+    const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps, int64_t num_heads,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps) {
   const DeviceGuard guard(x.device());
-  auto [q, k, v] =
-      qkv_norm_rope_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads);
+  auto [q, k, v] = qkv_norm_rope_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
+                                      num_heads, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  run_cuda("qkv_norm_rope", qkv_outputs(q, k, v), x, weight, bias, a, num_heads);
+  run_cuda("qkv_norm_rope", qkv_outputs(q, k, v), normalised_cuda(x, {norm_weight, norm_bias, norm_eps}), weight, bias,
+           a, num_heads);
   return {q, k, v};
 }
 
@@ -41,12 +43,15 @@ at::Tensor qkv_norm_rope_paged_cuda(const at::Tensor& x, const at::Tensor& weigh
                                     const OptionalTensor& k_weight, const OptionalTensor& k_bias,
                                     const at::Tensor& cos_sin, const at::Tensor& position_ids, double eps,
                                     int64_t num_heads, const at::Tensor& slot_mapping, const at::Tensor& k_cache,
-                                    const at::Tensor& v_cache) {
+                                    const at::Tensor& v_cache, const OptionalTensor& norm_weight,
+                                    const OptionalTensor& norm_bias, double norm_eps) {
   const DeviceGuard guard(x.device());
-  at::Tensor q = qkv_norm_rope_paged_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids,
-                                          eps, num_heads, slot_mapping, k_cache, v_cache);
+  at::Tensor q =
+      qkv_norm_rope_paged_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
+                               num_heads, slot_mapping, k_cache, v_cache, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  run_cuda("qkv_norm_rope_paged", qkv_outputs(q, {slot_mapping, k_cache, v_cache}), x, weight, bias, a, num_heads);
+  run_cuda("qkv_norm_rope_paged", qkv_outputs(q, {slot_mapping, k_cache, v_cache}),
+           normalised_cuda(x, {norm_weight, norm_bias, norm_eps}), weight, bias, a, num_heads);
   return q;
 }
 

@@ -11,16 +11,19 @@ namespace {
 
 at::Tensor squared_relu_mlp_cuda(const at::Tensor& x, const at::Tensor& up_weight, const OptionalTensor& up_bias,
                                  const at::Tensor& down_weight, const OptionalTensor& down_bias,
-                                 const OptionalTensor& residual) {
+                                 const OptionalTensor& residual, const OptionalTensor& norm_weight,
+                                 const OptionalTensor& norm_bias, double norm_eps) {
   const DeviceGuard guard(x.device());
-  at::Tensor out = squared_relu_mlp_meta(x, up_weight, up_bias, down_weight, down_bias, residual);
+  at::Tensor out =
+      squared_relu_mlp_meta(x, up_weight, up_bias, down_weight, down_bias, residual, norm_weight, norm_bias, norm_eps);
   if (out.numel() == 0) return out;
+  const at::Tensor input = normalised_cuda(x, {norm_weight, norm_bias, norm_eps});
   const at::Tensor hidden = at::empty({x.size(0), up_weight.size(0)}, x.options());
   at::Tensor row_max;
   if (x.scalar_type() == at::kHalf) row_max = at::zeros({x.size(0)}, x.options().dtype(at::kInt));
   const bool neuron_major = is_neuron_major(down_weight);
   cuda::SquaredReluMlpParams p{};
-  p.x = x.const_data_ptr();
+  p.x = input.const_data_ptr();
   p.up_weight = up_weight.const_data_ptr();
   p.up_bias = data_or_null(up_bias);
   p.down_weight = down_weight.const_data_ptr();
@@ -32,7 +35,7 @@ at::Tensor squared_relu_mlp_cuda(const at::Tensor& x, const at::Tensor& up_weigh
   p.num_rows = x.size(0);
   p.hidden_size = x.size(1);
   p.intermediate_size = up_weight.size(0);
-  p.x_row_stride = x.stride(0);
+  p.x_row_stride = input.stride(0);
   p.up_row_stride = up_weight.stride(0);
   p.down_row_stride = down_weight.stride(neuron_major ? 1 : 0);
   p.residual_row_stride = row_stride_or_zero(residual);
