@@ -13,52 +13,25 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import counts
-from benchmarks.cases import DTYPES, SMALL, Workspace
+from benchmarks.cases import DTYPES
 from benchmarks.limits import Limit, measure_limits
+from benchmarks.models import DECODER_OPS, UpBiases, describe, random_model, slice_config
+from benchmarks.modes import Mode, OurMode, UnavailableError
 from benchmarks.report import console
 from benchmarks.runner import BenchmarkError, has_kernel
 from benchmarks.timing import Budget, Stats, Variant, WallTimer, interleave
-from benchmarks.transformers_modes import Mode, UnavailableError, transformers_modes
-from persimmon_fast import PersimmonConfig, PersimmonForCausalLM
-from persimmon_fast.kv_cache import PagedKVCache
-from persimmon_fast.sparsity import up_projection_input
+from benchmarks.transformers_modes import row_major_weights, transformers_modes
 
 SHIFTED_ZEROS = 0.9
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
-DECODER_OPS = (
-    "layer_norm",
-    "qkv_norm_rope",
-    "qkv_norm_rope_paged",
-    "flash_attention",
-    "paged_attention",
-    "linear_residual",
-    "squared_relu_mlp",
-    "lm_head_argmax",
-)
-
-
-def slice_config(small: bool) -> PersimmonConfig:
-    if small:
-        return PersimmonConfig(
-            vocab_size=SMALL.vocab_size,
-            hidden_size=SMALL.hidden_size,
-            intermediate_size=SMALL.intermediate_size,
-            num_hidden_layers=4,
-            num_attention_heads=SMALL.num_heads,
-            max_position_embeddings=4096,
-            eos_token_id=None,
-        )
-    return PersimmonConfig(vocab_size=29184, num_hidden_layers=4, eos_token_id=None)
 
 
 @dataclass(frozen=True)
@@ -78,107 +51,6 @@ class Sizes:
         return cls(((128, 7), (512, 5), (2048, 3)), ((128, 8, 8), (2048, 8, 4)), ((128, 64, 3),))
 
 
-def random_model(
-    config: PersimmonConfig, dtype: torch.dtype, device: torch.device
-) -> tuple[PersimmonForCausalLM, Workspace]:
-    """Normal weights of the initialisation's width, biases 0, LayerNorms 1 and 0; down-projections neuron-major. Also
-    returns the workspace that the matrices lie in."""
-    with torch.device("meta"):
-        model = PersimmonForCausalLM(config)
-    sizes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    workspace = Workspace(device, dtype, working_set=1)
-    matrices = [shape for shape in sizes.values() if len(shape) == 2]
-    (cut,) = workspace.rotate(*matrices)
-    weights, remaining = {}, iter(cut)
-    for name, shape in sizes.items():
-        if len(shape) == 2:
-            weight = next(remaining)
-            weights[name] = weight.view(shape[::-1]).t() if "dense_4h_to_h" in name else weight
-        else:
-            value = 1.0 if name.endswith("norm.weight") else 0.0
-            weights[name] = torch.full(shape, value, dtype=dtype, device=device)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.eval(), workspace
-
-
-class UpBiases:
-    """The biases of the up-projections: zero, or shifted so that a given share of neurons is zero."""
-
-    def __init__(self, model: PersimmonForCausalLM, input_ids: Tensor) -> None:
-        self._model = model
-        self._mlps: list[Any] = [layer.mlp for layer in model.model.layers]
-        self._biases: dict[float | None, list[Tensor]] = {None: [m.dense_h_to_4h.bias.clone() for m in self._mlps]}
-        self.zeros: dict[float | None, float] = {None: self._measure(input_ids)}  # as measured
-        self._shift(input_ids, SHIFTED_ZEROS)
-        self.zeros[SHIFTED_ZEROS] = self._measure(input_ids)
-        self.use(None)
-
-    def use(self, zeros: float | None) -> None:
-        """None: as made; else the share of zeros that they were shifted to."""
-        for mlp, bias in zip(self._mlps, self._biases[zeros], strict=True):
-            mlp.dense_h_to_4h.bias.data.copy_(bias)
-
-    @contextmanager
-    def _before_mlps(self, action: Callable[[Any, Tensor], None]) -> Iterator[None]:
-        hooks = [
-            m.register_forward_pre_hook(lambda mlp, args: action(mlp, up_projection_input(args))) for m in self._mlps
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _shift(self, input_ids: Tensor, zeros: float) -> None:
-        """Layer by layer in one pass: a layer's bias is set before it runs, so the next sees what it will see."""
-
-        def shift(mlp: Any, x: Tensor) -> None:
-            up = mlp.dense_h_to_4h
-            pre = F.linear(x, up.weight).float().flatten()
-            rank = max(1, round(zeros * pre.numel()))
-            up.bias.data.fill_(-float(pre.kthvalue(rank).values))
-
-        with self._before_mlps(shift):
-            self._model(input_ids, use_cache=False, logits_to_keep=1)
-        self._biases[zeros] = [mlp.dense_h_to_4h.bias.clone() for mlp in self._mlps]
-
-    def _measure(self, input_ids: Tensor) -> float:
-        """Mean share of zeros after relu^2 over layers and tokens."""
-        shares: list[float] = []
-
-        def count(mlp: Any, x: Tensor) -> None:
-            up = mlp.dense_h_to_4h
-            shares.append(float((F.linear(x, up.weight, up.bias) <= 0).float().mean()))
-
-        with self._before_mlps(count):
-            self._model(input_ids, use_cache=False, logits_to_keep=1)
-        return sum(shares) / len(shares)
-
-
-class OurMode(Mode):
-    """persimmon_fast; `zeros` says which biases of the up-projections it runs with."""
-
-    def __init__(self, name: str, model: PersimmonForCausalLM, zeros: float | None) -> None:
-        self.name, self._model, self.zeros = name, model, zeros
-        self._cache: PagedKVCache | None = None
-
-    def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
-        model = self._model
-        self._cache = PagedKVCache(model.config, 1, max_cache_len, dtype=model.dtype, device=model.device)
-        return model(input_ids, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
-
-    def step(self, token: Tensor) -> Tensor:
-        return self._model(token, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        out = self._model.generate(input_ids, max_new_tokens=max_new_tokens, eos_token_id=None)
-        assert isinstance(out, Tensor)
-        return out
-
-    def drop_cache(self) -> None:
-        self._cache = None
-
-
 class Measurement:
     """The models, the clock and the limits of one end-to-end run."""
 
@@ -188,7 +60,7 @@ class Measurement:
         self.difference = 0.0  # the largest between logits of two modes, relative to the largest logit
         self._generator = torch.Generator().manual_seed(1)
         self.model, workspace = random_model(self.config, self.dtype, device)
-        self.biases = UpBiases(self.model, self.tokens(64))
+        self.biases = UpBiases(self.model, self.tokens(64), [SHIFTED_ZEROS])
         self.timer = WallTimer(device)
         budget = Budget(seconds=1.0, min_rounds=3, max_rounds=10)
         # the memory that is read is the memory that the weights lie in
@@ -356,23 +228,17 @@ def run(args: argparse.Namespace, device: torch.device, skipped: list[dict[str, 
     sizes = Sizes.of(args)
     measurement = Measurement(args, device)
     try:
-        measurement.modes += transformers_modes(measurement.model, compiled=not args.quick, freezing=args.thorough)
+        measurement.modes += transformers_modes(
+            measurement.model, row_major_weights(measurement.model), compiled=not args.quick, freezing=args.thorough
+        )
     except UnavailableError as error:
         skipped.append({"op": "end_to_end with transformers", "reason": str(error)})
     sections = [measurement.prefill(*size) for size in sizes.prefill]
     sections += [measurement.decode(*size) for size in sizes.decode]
     sections += [measurement.generate(*size) for size in sizes.generate]
-    config, model, limits = measurement.config, measurement.model, measurement.limits
+    limits = measurement.limits
     return {
-        "model": {
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_attention_heads": config.num_attention_heads,
-            "vocab_size": config.vocab_size,
-            "parameters": model.num_parameters(),
-            "weight_bytes": model.num_parameters() * measurement.dtype.itemsize,
-        },
+        "model": describe(measurement.model),
         "zeros": {"random weights": measurement.biases.zeros[None], "shifted": measurement.biases.zeros[SHIFTED_ZEROS]},
         "logits_difference": measurement.difference,
         "limits": {

@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.report import best_transformers, rate_text
+from benchmarks.report import best_transformers, model_text, rate_text
 
 matplotlib.use("Agg")
 
@@ -35,12 +35,17 @@ STYLE: Any = {
 
 
 def draw(result: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes stem-ops.png and stem-end_to_end.png, those for which there are results, and returns their paths."""
-    figures = {"ops": draw_ops(result), "end_to_end": draw_end_to_end(result)}
+    """Writes stem-ops.png, stem-end_to_end.png and stem.png (decode), those for which there are results, and returns
+    their paths."""
+    figures = {
+        "-ops": draw_ops(result),
+        "-end_to_end": draw_sections(result, result["end_to_end"]),
+        "": draw_sections(result, result.get("decode")),
+    }
     paths = []
-    for name, figure in figures.items():
+    for suffix, figure in figures.items():
         if figure is not None:
-            paths.append(stem.with_name(f"{stem.name}-{name}.png"))
+            paths.append(stem.with_name(f"{stem.name}{suffix}.png"))
             figure.savefig(paths[-1], dpi=150)
     return paths
 
@@ -101,10 +106,9 @@ def _draw_phase(axis: Axes, records: list[dict[str, Any]], title: str) -> None:
     axis.set_title(title, loc="left", fontsize=9.5, color=FAINT)
 
 
-def draw_end_to_end(result: dict[str, Any]) -> Figure | None:
+def draw_sections(result: dict[str, Any], record: dict[str, Any] | None) -> Figure | None:
     """One panel per section, bars of tokens per second; a stroke marks each variant's limit, a line its spread."""
-    record = result["end_to_end"]
-    if not record:
+    if not record or not record["sections"]:
         return None
     sections = record["sections"]
     with matplotlib.rc_context(STYLE):
@@ -126,8 +130,7 @@ def draw_end_to_end(result: dict[str, Any]) -> Figure | None:
         _title(
             figure,
             result,
-            f"{model['num_hidden_layers']} layers of hidden size {model['hidden_size']:,}, vocabulary "
-            f"{model['vocab_size']:,}, {model['weight_bytes'] / 1e9:.2f} GB of random weights: tokens per second",
+            f"{model_text(model)}: tokens per second",
         )
     return figure
 

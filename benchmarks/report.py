@@ -77,6 +77,14 @@ def print_tables(result: dict[str, Any]) -> None:
         for table in end_to_end_tables(result["end_to_end"]):
             console.print()
             console.print(table)
+    if result.get("decode"):
+        console.print()
+        console.print(decode_table(result["decode"]))
+        console.print(
+            "median and p10 .. p90 of interleaved rounds; zeros: mean of the tokens / common to the batch; share: of "
+            "what the read bandwidth of the same rounds allows, for the bytes that the variant must read, and for "
+            "those of the dense model; then ratios to ours dense and to transformers' default and best", style="dim",
+        )  # fmt: skip
     for skipped in result["skipped"]:
         console.print(f"[yellow]skipped {skipped['op']}: {skipped['reason']}[/yellow]")
 
@@ -113,10 +121,7 @@ def op_table(records: list[dict[str, Any]]) -> Table:
 
 def end_to_end_tables(record: dict[str, Any]) -> list[Table]:
     model = record["model"]
-    title = (
-        f"End to end: {model['num_hidden_layers']} layers, hidden {model['hidden_size']}, vocabulary "
-        f"{model['vocab_size']:,}, {model['weight_bytes'] / 1e9:.2f} GB of random weights"
-    )
+    title = f"End to end: {model_text(model)}"
     tables = []
     for section in record["sections"]:
         table = Table(title=f"{title}\n{section['title']}", title_justify="left")
@@ -136,6 +141,43 @@ def end_to_end_tables(record: dict[str, Any]) -> list[Table]:
             )
         tables.append(table)
     return tables
+
+
+def decode_table(record: dict[str, Any]) -> Table:
+    """All cells, one group of rows each."""
+    table = Table(title=f"Decode: {model_text(record['model'])}", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for name in (
+        "tokens/s", "spread", "MB/token", "zeros", "share", "of dense", "vs dense", "vs default", "vs best",
+    ):  # fmt: skip
+        table.add_column(name, justify="right")
+    for section in record["sections"]:
+        variants = section["variants"]
+        rates = {name: variant["tokens_per_s"]["median"] for name, variant in variants.items()}
+        against = (next(iter(variants)), section["transformers_default"], best_transformers(section))
+        table.add_section()
+        table.add_row(f"[bold]{section['title']}[/bold]")
+        for name, variant in variants.items():
+            spread = variant["tokens_per_s"]
+            zeros = (variant["zeros"], variant["zeros_common_to_batch"])
+            table.add_row(
+                name,
+                f"{rates[name]:.4g}",
+                f"{spread['p10']:.4g} .. {spread['p90']:.4g}",
+                f"{variant['bytes_per_token'] / 1e6:,.0f}",
+                "-" if zeros[0] is None else " / ".join(f"{share:.1%}" for share in zeros),
+                share_text(variant["share_of_limit"]),
+                share_text(variant["share_of_dense_limit"]),
+                *("-" if other is None else f"{rates[name] / rates[other]:.2f}x" for other in against),
+            )
+    return table
+
+
+def model_text(model: dict[str, Any]) -> str:
+    return (
+        f"{model['num_hidden_layers']} layers, hidden {model['hidden_size']}, vocabulary "
+        f"{model['vocab_size']:,}, {model['weight_bytes'] / 1e9:.2f} GB of random weights"
+    )
 
 
 def best_transformers(section: dict[str, Any]) -> str | None:

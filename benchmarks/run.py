@@ -3,6 +3,7 @@
     python benchmarks/run.py                      # Persimmon-8B shapes, bf16, all ops and end to end
     python benchmarks/run.py --quick              # a subset, under two minutes
     python benchmarks/run.py --op squared_relu_mlp end_to_end --dtype fp32
+    python benchmarks/run.py decode               # decoding alone: contexts, batches, shares of zeros (decode --help)
 
 Writes a table to the terminal, a JSON with every sample and a PNG to --out. How it is measured: docs/benchmarks.md.
 """
@@ -21,29 +22,24 @@ import torch
 # Last, so that an installed persimmon_fast, which has the compiled extension, goes before the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import end_to_end, machine, report, runner
+from benchmarks import command_line, decode, end_to_end, report, runner
 from benchmarks.cases import DTYPES, PERSIMMON_8B, SMALL, Case, Workspace
 from benchmarks.limits import measure_limits
 from benchmarks.timing import Budget, CUDATimer, Timer, WallTimer
-from persimmon_fast import measure, ops
+from persimmon_fast import measure
 
-SCHEMA = 1  # of the JSON
 END_TO_END = "end_to_end"
-DEFAULT_OUT = Path(__file__).parent / "results"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     names = sorted({case.op for case in runner.all_cases(PERSIMMON_8B)})
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--dtype", choices=tuple(DTYPES), default="bf16", help="of weights and activations (default bf16)")
+    command_line.add_options(parser)
     add("--op", nargs="+", metavar="NAME", choices=[*names, END_TO_END], action="extend",
         help=f"only these: {', '.join([*names, END_TO_END])}")  # fmt: skip
     add("--quick", action="store_true", help="fewer shapes, fewer rounds, a smaller working set; no torch.compile")
     add("--small", action="store_true", help="shapes of the small model that ships with the package")
-    add("--threads", type=int, metavar="N", help="of torch (default: torch's choice)")
-    add("--out", type=Path, metavar="DIR", default=DEFAULT_OUT, help="where the JSON and the PNG go")
     add("--compile", action="store_true", help="also measure torch.compile of the plain version of each op")
     add("--thorough", action="store_true",
         help="end to end also with torch.compile and weight freezing (minutes, three times the memory)")  # fmt: skip
@@ -51,14 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--working-set", type=float, metavar="GB",
         help="memory to rotate over (default: three times the last-level cache, at least 1 GB; quick 0.3)")  # fmt: skip
     args = parser.parse_args(argv)
-    for name in ("threads", "seconds", "working_set"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            parser.error(f"--{name.replace('_', '-')} must be > 0, got {value}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device here")
-    if ops._FORCE_REFERENCE:
-        parser.error("PERSIMMON_FAST_FORCE_REFERENCE is set: it would measure the reference instead of the kernels")
+    command_line.check_options(parser, args, "seconds", "working_set")
     return args
 
 
@@ -118,25 +107,15 @@ def measure_case(case: Case, workspace: Workspace, *args: Any, **options: Any) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["decode"]:
+        return decode.main(arguments[1:])
+    args = parse(arguments)
+    started = time.perf_counter()
+    result = command_line.new_result(args, (SMALL if args.small else PERSIMMON_8B).name)
+    result |= {"limits": None, "ops": [], "end_to_end": None, "skipped": []}
     device = torch.device(args.device)
     timer: Timer = CUDATimer(device) if args.device == "cuda" else WallTimer(device)
-    started = time.perf_counter()
-    result: dict[str, Any] = {
-        "schema": SCHEMA,
-        "date": machine.now(),
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "machine": machine.describe(device),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "shapes": (SMALL if args.small else PERSIMMON_8B).name,
-        "limits": None,
-        "ops": [],
-        "end_to_end": None,
-        "skipped": [],
-    }
     report.print_header(result)
     if not args.op or set(args.op) - {END_TO_END}:
         with torch.inference_mode():

@@ -8,41 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.modes import Mode, Past, UnavailableError
 from persimmon_fast import PersimmonForCausalLM
-
-
-class UnavailableError(RuntimeError):
-    """Something that the comparison needs is not installed."""
-
-
-class Mode:
-    """A way to run a model: prefill a cache, then step by step; or generate.
-
-    Attributes:
-        zeros: which biases it runs with, see `end_to_end.UpBiases`.
-        in_prefill, in_generate: whether it takes part there; modes that differ in decode steps alone do not.
-    """
-
-    name: str
-    zeros: float | None = None
-    in_prefill = True
-    in_generate = True
-
-    def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
-        """Starts a new cache with input_ids [1, seqlen]; the last token's logits [1, vocab_size]."""
-        raise NotImplementedError
-
-    def step(self, token: Tensor) -> Tensor:
-        """Logits [1, vocab_size] after one more token [1, 1]."""
-        raise NotImplementedError
-
-    def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy, never stopping early: [1, seqlen + max_new_tokens]."""
-        raise NotImplementedError
-
-    def drop_cache(self) -> None:
-        """Frees the memory of the cache."""
-        raise NotImplementedError
 
 
 class TransformersMode(Mode):
@@ -56,26 +23,49 @@ class TransformersMode(Mode):
         static: bool = False,
         compiled: Callable[..., Any] | None = None,
         in_generate: bool = True,
+        is_default: bool = False,
     ) -> None:
         self.name = f"transformers {name}"
         self._model, self._static = model, static
         self._step: Callable[..., Any] = model if compiled is None else compiled
         self._cache: Any = None
         self.in_prefill, self.in_generate = not static, in_generate and compiled is None
+        self.is_default = is_default
+        self.cache_kind = "static" if static else "dynamic"
 
-    def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
+    def _new_cache(self, max_cache_len: int) -> Any:
         from transformers import DynamicCache, StaticCache
 
         config = self._model.config
         # as long as needed: attention over a static cache reads all of it
-        self._cache = StaticCache(config, max_cache_len=max_cache_len) if self._static else DynamicCache(config=config)
+        return StaticCache(config, max_cache_len=max_cache_len) if self._static else DynamicCache(config=config)
+
+    def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
+        self._cache = self._new_cache(max_cache_len)
         self._position = input_ids.shape[1]
         return self._model(input_ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-    def step(self, token: Tensor) -> Tensor:
-        position = torch.tensor([[self._position]], device=token.device)
+    def take_over(self, past: Past, other: Mode | None) -> None:
+        self._context = self._position = past.context
+        if isinstance(other, TransformersMode):
+            self._cache = other._cache
+            return
+        self._cache = self._new_cache(past.max_cache_len)
+        for layer in range(len(past.layers)):
+            self._cache.update(*past.batch(layer), layer)
+
+    def rewind(self) -> None:
+        self._position = self._context
+        for layer in self._cache.layers:
+            if self._static:
+                layer.cumulative_length.fill_(self._context)  # it writes where this says, and masks what lies behind
+            else:
+                layer.crop(self._context - layer.get_seq_length())  # takes minus the number of tokens to forget
+
+    def step(self, tokens: Tensor) -> Tensor:
+        position = torch.tensor([[self._position]], device=tokens.device)
         self._position += 1
-        out = self._step(token, position_ids=position, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self._step(tokens, position_ids=position, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1]
 
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
@@ -93,10 +83,14 @@ class TransformersMode(Mode):
         self._cache = None
 
 
-def transformers_modes(ours: PersimmonForCausalLM, *, compiled: bool, freezing: bool) -> list[Mode]:
+def transformers_modes(
+    ours: PersimmonForCausalLM, weights: dict[str, Tensor], *, compiled: bool, freezing: bool
+) -> list[Mode]:
     """Eager and sdpa attention with the growing cache (sdpa is what `generate` takes by default), sdpa with a static
     cache, and that under torch.compile; with `freezing` also with constant weights, which inductor then repacks.
 
+    Args:
+        weights: of `row_major_weights`.
     Raises:
         UnavailableError: transformers is not installed.
     """
@@ -109,22 +103,28 @@ def transformers_modes(ours: PersimmonForCausalLM, *, compiled: bool, freezing: 
         raise UnavailableError("transformers is not installed: pip install 'transformers>=5.23,<5.24'") from None
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     version = transformers.__version__
-    weights = {
-        name: tensor.contiguous() if "dense_4h_to_h" in name else tensor for name, tensor in ours.state_dict().items()
-    }
     eager, sdpa = (_model(ours, weights, implementation) for implementation in ("eager", "sdpa"))
     modes: list[Mode] = [
         TransformersMode(f"{version} eager", eager, in_generate=False),  # left out there to save time
-        TransformersMode(f"{version} sdpa", sdpa),
+        TransformersMode(f"{version} sdpa", sdpa, is_default=True),
         TransformersMode(f"{version} sdpa, static cache", sdpa, static=True),
     ]
     if compiled:
-        step = torch.compile(sdpa, dynamic=False)
+        # on a GPU as its `generate` compiles, with CUDA graphs
+        mode = "reduce-overhead" if ours.device.type == "cuda" else None
+        step = torch.compile(sdpa, dynamic=False, mode=mode)
         modes.append(TransformersMode(f"{version} sdpa, static, compiled", sdpa, static=True, compiled=step))
     if freezing:
         frozen = torch.compile(_model(ours, weights, "sdpa"), dynamic=False, options={"freezing": True})
         modes.append(TransformersMode(f"{version} sdpa, static, compiled, frozen", sdpa, static=True, compiled=frozen))
     return modes
+
+
+def row_major_weights(ours: PersimmonForCausalLM) -> dict[str, Tensor]:
+    """Our state_dict, the down-projections copied to the memory order that everybody else is used to."""
+    return {
+        name: tensor.contiguous() if "dense_4h_to_h" in name else tensor for name, tensor in ours.state_dict().items()
+    }
 
 
 def _model(ours: PersimmonForCausalLM, weights: dict[str, Tensor], attention: str) -> Any:
