@@ -62,6 +62,15 @@ class SmemCarver {
 };
 #endif
 
+#ifndef PF_EMULATE
+// Beyond 48 KB a kernel must ask.
+template <typename Params>
+cudaError_t allow_smem(void (*kernel)(Params), size_t smem_bytes) {
+  if (smem_bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
+}
+#endif
+
 // Enqueues kernel(params). name: for messages. Neither allocates nor synchronises; returns the launch's error.
 template <typename Params>
 cudaError_t launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,
@@ -72,11 +81,7 @@ cudaError_t launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 blo
   return cudaSuccess;
 #else
   static_cast<void>(name);
-  if (smem_bytes > 48 * 1024) {  // beyond this a kernel must ask
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_smem(kernel, smem_bytes); error != cudaSuccess) return error;
   void* arguments[] = {const_cast<Params*>(&params)};
   return cudaLaunchKernel(kernel, grid, block, arguments, smem_bytes, stream);
 #endif

@@ -20,7 +20,7 @@ namespace persimmon_fast::cuda {
 
 constexpr int kPiece = 8;
 
-// kCols: a multiple of 64, of at most 256. Values outside the matrix are zero.
+// kCols: 16, 32, 64, 128 or 256. Values outside the matrix are zero.
 template <int kRows_, int kCols_, int kThreads_>
 struct StagedTile {
   static constexpr int kRows = kRows_;
@@ -36,7 +36,7 @@ struct StagedTile {
 
   // Rows that differ modulo 4 start 8 banks apart: the accumulators of an mma, four rows of eight columns in half a
   // warp, are written without a conflict, and so are pieces of one row read. Eight aligned columns stay together.
-  DEV float& at(int row, int col) const { return s_values[row * kCols + (col ^ (row % 4 * kPiece))]; }
+  DEV float& at(int row, int col) const { return s_values[row * kCols + (col ^ (row % 4 * kPiece % kCols))]; }
 
   DEV void load_piece(int row, int col, float (&values)[kPiece]) const {
     // Lanes 4 to 7 read their halves in the other order: a quarter warp of 16-byte reads then touches every bank once.

@@ -18,25 +18,15 @@
 // Source    Ba et al. 2016, Layer Normalization, arXiv:1607.06450; kernel written for this project
 #include "csrc/cuda/layer_norm.h"
 
-#include <algorithm>
 #include <cstdint>
 
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
 #include "csrc/cuda/dispatch.h"
-#include "csrc/cuda/reduce.cuh"
+#include "csrc/cuda/layer_norm_order.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
-
-// 1024 would leave 64 registers, and unaligned bf16 rows spilled (sm_90a); so did 512 without the 1 in
-// __launch_bounds__, where ptxas makes room for two blocks.
-constexpr int kMaxThreads = 512;
-constexpr int kMinThreads = 128;  // of a block; in the warp-per-row kernel: exactly
-
-// Chunks that a thread keeps in registers.
-template <bool kWarpPerRow>
-constexpr int kHeldChunks = kWarpPerRow ? 4 : 2;
 
 DEV float2 warp_sum(float2 value) { return make_float2(sum_lanes(value.x), sum_lanes(value.y)); }
 
@@ -58,14 +48,15 @@ DEV float2 group_sum(float2 value, float2* s_partial) {
 // x, residual: [num_rows, hidden_size] with their row strides; sum, out: [num_rows, hidden_size] contiguous;
 // weight, bias: [hidden_size]. kAligned: every chunk of every tensor is whole and 16-byte aligned.
 template <typename scalar_t, bool kWarpPerRow, bool kAligned>
-__global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads, 1) layer_norm_kernel(LayerNormParams p) {
+__global__ void __launch_bounds__(kWarpPerRow ? kLayerNormMinThreads : kLayerNormMaxThreads, 1)
+    layer_norm_kernel(LayerNormParams p) {
   constexpr int kChunk = Chunk<scalar_t>::kSize;
   constexpr int kHeld = kHeldChunks<kWarpPerRow>;
-  constexpr int kMaxWarps = kMaxThreads / kWarpSize;
+  constexpr int kMaxWarps = kLayerNormMaxThreads / kWarpSize;
   STATIC_SMEM(float2, s_partial, 2 * kMaxWarps);
   const int group = kWarpPerRow ? kWarpSize : blockDim.x;
   const int rank = kWarpPerRow ? threadIdx.x % kWarpSize : threadIdx.x;
-  const int64_t row = kWarpPerRow ? blockIdx.x * int64_t{kMinThreads / kWarpSize} + threadIdx.x / kWarpSize
+  const int64_t row = kWarpPerRow ? blockIdx.x * int64_t{kLayerNormMinThreads / kWarpSize} + threadIdx.x / kWarpSize
                                   : static_cast<int64_t>(blockIdx.x);
   if (kWarpPerRow && row >= p.num_rows) return;  // whole warps: no barrier follows in this kernel
 
@@ -127,10 +118,7 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads, 1) la
     });
   }
   deviation = group_sum<kWarpPerRow>(deviation, s_partial + kMaxWarps);
-  const float correction = deviation.x / size;
-  const float variance = fmaf(-correction, correction, deviation.y / size);
-  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
-  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + p.eps);
+  const LayerNormStats stats = layer_norm_stats(rough_mean, deviation.x, deviation.y, size, p.eps);
 
   // Pass 3: the output.
   const scalar_t* g_weight = static_cast<const scalar_t*>(p.weight);
@@ -143,8 +131,9 @@ __global__ void __launch_bounds__(kWarpPerRow ? kMinThreads : kMaxThreads, 1) la
       Chunk<scalar_t> out;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        const float normalised = ((to_float(r_row[k].values[i]) - rough_mean) - correction) * rstd;
-        from_float(fmaf(normalised, to_float(weight.values[i]), to_float(bias.values[i])), out.values[i]);
+        from_float(
+            layer_norm_value(to_float(r_row[k].values[i]), stats, to_float(weight.values[i]), to_float(bias.values[i])),
+            out.values[i]);
       }
       store_chunk<kAligned>(g_out + column, out, n);
     });
@@ -158,21 +147,18 @@ cudaError_t launch_typed(const LayerNormParams& p, cudaStream_t stream) {
                        p.residual_row_stride % kChunk == 0 && is_aligned(p.x) && is_aligned(p.residual) &&
                        is_aligned(p.weight) && is_aligned(p.bias) && is_aligned(p.sum) && is_aligned(p.out);
   const int64_t num_chunks = (p.hidden_size + kChunk - 1) / kChunk;
-  const bool warp_per_row = num_chunks <= kWarpSize * kHeldChunks<true>;
-  constexpr int64_t kRowsPerBlock = kMinThreads / kWarpSize;
-  const int64_t num_blocks = warp_per_row ? (p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock : p.num_rows;
+  const LayerNormGroup group = layer_norm_group(num_chunks);
+  constexpr int64_t kRowsPerBlock = kLayerNormMinThreads / kWarpSize;
+  const int64_t num_blocks = group.warp_per_row ? (p.num_rows + kRowsPerBlock - 1) / kRowsPerBlock : p.num_rows;
   // Columns are 32-bit inside a row, with room for one tile past its end; offsets of rows are 64-bit.
-  constexpr int64_t kMaxTile = int64_t{kMaxThreads} * kChunk * kHeldChunks<false>;
+  constexpr int64_t kMaxTile = int64_t{kLayerNormMaxThreads} * kChunk * kHeldChunks<false>;
   if (num_blocks > INT32_MAX || p.hidden_size > INT32_MAX - kMaxTile) return kTooLarge;
-  // Two chunks per thread while that gives a block of allowed size: for the model's 4096 columns 256 threads in 16-bit
-  // types and 512 in fp32.
-  const int64_t wanted_threads = ((num_chunks + 1) / 2 + kWarpSize - 1) / kWarpSize * kWarpSize;
-  const int num_threads =
-      warp_per_row ? kMinThreads : static_cast<int>(std::clamp<int64_t>(wanted_threads, kMinThreads, kMaxThreads));
+  const int num_threads = group.warp_per_row ? kLayerNormMinThreads : group.threads;
 
   const auto kernel =
-      warp_per_row ? (aligned ? layer_norm_kernel<scalar_t, true, true> : layer_norm_kernel<scalar_t, true, false>)
-                   : (aligned ? layer_norm_kernel<scalar_t, false, true> : layer_norm_kernel<scalar_t, false, false>);
+      group.warp_per_row
+          ? (aligned ? layer_norm_kernel<scalar_t, true, true> : layer_norm_kernel<scalar_t, true, false>)
+          : (aligned ? layer_norm_kernel<scalar_t, false, true> : layer_norm_kernel<scalar_t, false, false>);
   return launch("layer_norm", kernel, static_cast<unsigned>(num_blocks), num_threads, 0, stream, p);
 }
 

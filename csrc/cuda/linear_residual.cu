@@ -12,7 +12,7 @@
 #include "csrc/cuda/linear_residual.h"
 
 #include "csrc/cuda/dispatch.h"
-#include "csrc/cuda/gemm.cuh"
+#include "csrc/cuda/stream.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -22,7 +22,9 @@ cudaError_t launch_typed(const LinearResidualParams& p, cudaStream_t stream) {
   const GemmOperands operands{p.x,           p.weight,       p.num_rows,         p.out_features,
                               p.in_features, p.x_row_stride, p.weight_row_stride};
   const auto epilogue = bias_residual<scalar_t>(p.bias, p.residual, p.residual_row_stride, p.out, p.out_features);
-  return launch_gemm<scalar_t, BOrder::kKMajor>("linear_residual", operands, epilogue, p.num_multiprocessors, stream);
+  // Units of 16 rows: enough of them for every multiprocessor. At 4,096 output features 256.
+  return launch_product<scalar_t, 16>("linear_residual", operands, StreamNorm{}, epilogue, p.num_multiprocessors,
+                                      stream);
 }
 
 }  // namespace

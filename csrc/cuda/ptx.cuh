@@ -27,12 +27,18 @@ inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], _
 inline void cp_async16(uint32_t dst, const void* src, int valid_bytes = 16 PF_SITE) {
   emu::cp_async(dst, src, 16, valid_bytes, EMU_HERE);
 }
+inline uint64_t evict_first_policy() { return 0; }
+inline void cp_async16_once(uint32_t dst, const void* src, int valid_bytes, uint64_t PF_SITE) {
+  emu::cp_async(dst, src, 16, valid_bytes, EMU_HERE);
+}
 inline void cp_async_commit() { emu::cp_async_commit(); }
 template <int N>
 inline void cp_async_wait() {
   emu::cp_async_wait(N);
 }
 inline float exp2_approx(float x) { return exp2f(x); }
+inline void launch_dependents() { emu::griddepcontrol_launch_dependents(); }
+inline void wait_for_predecessors() { emu::griddepcontrol_wait(); }
 
 #else
 
@@ -93,6 +99,18 @@ DEV void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __ha
 DEV void cp_async16(uint32_t dst, const void* src, int valid_bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(valid_bytes) : "memory");
 }
+// createpolicy (9.7.9.18): lines read under it leave L2 before others.
+DEV uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// cp_async16 of what is read once, line after line: under a policy, and L2 fetches the whole line of 128 bytes.
+DEV void cp_async16_once(uint32_t dst, const void* src, int valid_bytes, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src),
+               "r"(valid_bytes), "l"(policy)
+               : "memory");
+}
 DEV void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most the N groups that this thread committed last are in flight.
 template <int N>
@@ -105,6 +123,18 @@ DEV float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// griddepcontrol (9.7.13.13), for launch_dependent: the next kernel may start; wait until all before this one are done.
+DEV void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEV void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 #endif

@@ -3,7 +3,12 @@ from mutants import Mutant
 MUTANTS = [
     Mutant("no barrier between the warps' partial sums and their reader", "    __syncthreads();\n", ""),
     Mutant("the tail of a row is one element too long", "min(size - column, kChunk)", "min(size - column + 1, kChunk)"),
-    Mutant("the mean is not corrected", "- rough_mean) - correction) * rstd", "- rough_mean)) * rstd"),
+    Mutant(
+        "the mean is not corrected",
+        "- stats.rough_mean) - stats.correction) *",
+        "- stats.rough_mean)) *",
+        "csrc/cuda/layer_norm_order.cuh",
+    ),
     Mutant("variance and mean share their partial sums", "s_partial + kMaxWarps)", "s_partial)"),
     Mutant(
         "the residual is dropped",
