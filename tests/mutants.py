@@ -20,6 +20,7 @@ import emulator
 ROOT = emulator.ROOT
 FAMILIES = [
     "layer_norm",
+    "stream",
     "linear_residual",
     "lm_head",
     "sample",
@@ -40,6 +41,7 @@ class Mutant(NamedTuple):
     new: str
     file: str = ""  # "": csrc/cuda/<family>.cu
     tests: str = ""  # the family's test file, "": tests/test_<family>.py
+    kernel: str = ""  # the kernel file that is compiled with it, "": <family>.cu
 
 
 def mutants(family: str) -> list[Mutant]:
@@ -82,7 +84,7 @@ def found_by(name: str) -> tuple[str, str] | None:
     family, mutant = lookup(name)
     overlay = write_overlay(name)
     for run, (variant, settings) in emulator.RUNS.items():
-        library = emulator.build(variant, overlay=overlay, changed=family, folder=overlay)
+        library = emulator.build(variant, overlay=overlay, changed=mutant.kernel or family, folder=overlay)
         try:
             settings = settings | {"PF_EMU_LIBRARY": str(library)}
             tests = f"tests/{mutant.tests or f'test_{family}.py'}"

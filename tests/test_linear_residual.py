@@ -22,12 +22,12 @@ from persimmon_fast import ops, reference
 SIZES = [(1, 1), (7, 5), (64, 64), (65, 33), (100, 8), (513, 9)]
 LONG_SIZES = [(4096, 70), (4099, 17)]  # more than one chunk and one task of the CPU kernels
 NUM_ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 15, 16, 17, 33]
-# rows, in_features, out_features of the CUDA kernels' tiles; k advances by 32 through 4 stages. On the emulator's 8
-# multiprocessors the last three take the large tile (one each, against 3 of the small ones), and on a real GPU of 108
-# to 132 the one of GPU_SHAPES.
+# rows, in_features, out_features of the CUDA kernels' tiles, for more than 16 rows (fewer: test_stream.py); k advances
+# by 32 through 4 stages. On the emulator's 8 multiprocessors the last three take the large tile (one each, against 3 of
+# the small ones), and on a real GPU of 108 to 132 the one of GPU_SHAPES.
 TILE_SHAPES = [
-    (1, 8, 8), (64, 32, 64), (63, 40, 72), (65, 128, 56), (64, 296, 64), (3, 104, 200),
-    (65, 33, 63), (1, 31, 65), (64, 287, 64), (17, 300, 129),
+    (17, 8, 8), (64, 32, 64), (63, 40, 72), (65, 128, 56), (64, 296, 64), (19, 104, 200),
+    (65, 33, 63), (17, 31, 65), (64, 287, 64), (17, 300, 129),
     (256, 32, 384), (255, 136, 392), (129, 288, 328),
 ]  # fmt: skip
 GPU_SHAPES = [(2100, 264, 4136)]
@@ -99,7 +99,7 @@ def test_large_tiles_on_a_gpu(name, dtype, rows, k, n):
     ("dtype", "rows", "k", "n"),
     [
         (torch.bfloat16, 65, 296, 72),
-        (torch.float16, 3, 24, 8),
+        (torch.float16, 19, 24, 8),
         (torch.float16, 33, 301, 65),
         (torch.bfloat16, 129, 328, 328),
         (torch.float32, 65, 50, 66),
@@ -126,15 +126,16 @@ def test_no_bias_and_strided_tensors(name, rows):
 
 @pytest.mark.parametrize("name", [EMU, CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_alignment_changes_no_bit(name, dtype):
+@pytest.mark.parametrize("rows", [5, 21])
+def test_alignment_changes_no_bit(name, dtype, rows):
     with backend(name) as device:
-        args = inputs(5, 136, 72, dtype, device)
+        args = inputs(rows, 136, 72, dtype, device)
         out = ops.linear_residual(*args)
         for moved in range(4):
             wide = args[moved].new_empty(args[moved].numel() + 1)[1:].view(args[moved].shape).copy_(args[moved])
             assert wide.data_ptr() % 16 != 0
             assert torch.equal(ops.linear_residual(*args[:moved], wide, *args[moved + 1 :]), out), moved
-        x = args[0].new_empty(5, 144)[:, :136].copy_(args[0])  # rows further apart, still aligned
+        x = args[0].new_empty(rows, 144)[:, :136].copy_(args[0])  # rows further apart, still aligned
         assert torch.equal(ops.linear_residual(x, *args[1:]), out)
 
 
@@ -159,9 +160,9 @@ def test_the_tile_changes_no_bit(name, rows, n, dtype):
         x, weight, bias, residual = inputs(rows, 136, n, dtype, device)
         large = ops.linear_residual(x, weight, bias, residual)
         assert torch.equal(large, ops.linear_residual(x, weight, bias, residual))
-        for row in (0, 100, rows - 1):
-            small = ops.linear_residual(x[row : row + 1], weight, bias, residual[row : row + 1])
-            assert torch.equal(large[row : row + 1], small), row
+        for row in (0, 100, rows - 17):
+            small = ops.linear_residual(x[row : row + 17], weight, bias, residual[row : row + 17])
+            assert torch.equal(large[row : row + 17], small), row
 
 
 @pytest.mark.parametrize("name", [CUDA])
@@ -271,12 +272,13 @@ def test_nan_and_inf_stay_in_their_row_and_column(name, dtype, rows):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_reads_no_neighbouring_memory(name, dtype):
+@pytest.mark.parametrize("rows", [3, 19])
+def test_reads_no_neighbouring_memory(name, dtype, rows):
     """Rows between poisoned columns: a tail that reads further shows as NaN."""
     with backend(name) as device:
         for k, n in ((37, 19), (40, 24)):
-            nan = torch.full((n + 3, k + 64), float("nan"), dtype=dtype, device=device)
-            x, weight, residual = nan[:3, 32 : 32 + k], nan.clone()[:n, 32 : 32 + k], nan.clone()[:3, 32 : 32 + n]
+            nan = torch.full((n + rows, k + 64), float("nan"), dtype=dtype, device=device)
+            x, weight, residual = nan[:rows, 32 : 32 + k], nan.clone()[:n, 32 : 32 + k], nan.clone()[:rows, 32 : 32 + n]
             for t, seed in ((x, 1), (weight, 2), (residual, 4)):
                 t.copy_(randn(*t.shape, seed=seed))
             assert ops._kernel("linear_residual")(x, weight, None, residual).isfinite().all()

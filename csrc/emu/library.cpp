@@ -1,4 +1,5 @@
 // The op library persimmon_fast_emu: the ops of persimmon_fast with their CUDA kernels, executed on CPU tensors.
+#include "csrc/cuda/dependent_launch.h"
 #include "csrc/emu/launch.h"
 #include "csrc/ops/schemas.h"
 
@@ -24,11 +25,14 @@ c10::Dict<std::string, int64_t> stats() {
   return counts;
 }
 
+void set_dependent_launches(bool allowed) { persimmon_fast::cuda::dependent_launches() = allowed; }
+
 }  // namespace
 
 TORCH_LIBRARY(persimmon_fast_emu, m) {
   persimmon_fast::define_ops(m);
   // docs/emulator.md
   m.def("configure(str sched, str async_policy, int seed, int resident) -> ()", &configure);
+  m.def("set_dependent_launches(bool allowed) -> ()", &set_dependent_launches);
   m.def("stats() -> Dict(str, int)", &stats);  // since the library was loaded
 }
