@@ -13,7 +13,8 @@ from persimmon_fast.version import __version__
 if TYPE_CHECKING:
     from persimmon_fast.checkpoint import CheckpointError
     from persimmon_fast.config import PersimmonConfig
-    from persimmon_fast.generation import GenerateOutput, GenerationConfig
+    from persimmon_fast.generation import GenerateOutput
+    from persimmon_fast.generation_config import GenerationConfig
     from persimmon_fast.kv_cache import PagedKVCache
     from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
     from persimmon_fast.tokenizer import PersimmonTokenizer, TextStreamer
@@ -24,7 +25,7 @@ SMALL_MODEL = Path(__file__).parent / "assets" / "persimmon-small"
 _HOME = {
     "CheckpointError": "checkpoint",
     "GenerateOutput": "generation",
-    "GenerationConfig": "generation",
+    "GenerationConfig": "generation_config",
     "PagedKVCache": "kv_cache",
     "PersimmonConfig": "config",
     "PersimmonForCausalLM": "model",

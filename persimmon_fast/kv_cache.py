@@ -29,6 +29,17 @@ class CacheSlots:
     cache_seqlens: Tensor  # [batch_size] int32, the new tokens included
 
 
+@dataclass(frozen=True)
+class PackedBatch:
+    """What attention needs to know about the tokens of one forward pass."""
+
+    position_ids: Tensor  # [num_tokens] int64, rows of cos_sin
+    cos_sin: Tensor  # [num_positions, rotary_dim] fp32
+    cu_seqlens_q: Tensor  # [batch_size + 1] int32
+    max_seqlen_q: int
+    slots: CacheSlots | None  # None: no cache
+
+
 class PagedKVCache:
     """Keys (after rotary) and values of a batch of sequences.
 
@@ -36,6 +47,7 @@ class PagedKVCache:
         config: the model's; decides layers, heads and head_dim.
         batch_size: sequences, at least 1.
         capacity: tokens per sequence that fit before the pool grows (it doubles then, with one copy).
+        num_pages: pages of the pool instead, at least 1; None: what batch_size and capacity need.
         dtype, device: of keys and values, the model's.
     """
 
@@ -45,27 +57,38 @@ class PagedKVCache:
         batch_size: int,
         capacity: int,
         *,
+        num_pages: int | None = None,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"PagedKVCache: batch_size must be at least 1, got {batch_size}")
         self.device = torch.device(device)
-        num_pages = batch_size * max(1, _pages(capacity))
+        if num_pages is None:
+            num_pages = batch_size * max(1, pages_of(capacity))
         shape = (num_pages, config.num_attention_heads, PAGE_SIZE, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.k = [empty_huge(shape, dtype, self.device) for _ in layers]
         self.v = [empty_huge(shape, dtype, self.device) for _ in layers]
+        self.reset(batch_size)
+
+    def reset(self, batch_size: int) -> None:
+        """Empty, for that many sequences; the pool stays where it is."""
         self.seqlens = [0] * batch_size
         self.num_columns = 0  # of the padded batch that the caller has passed so far
         self._pages: list[list[int]] = [[] for _ in range(batch_size)]
-        self._owners = [0] * num_pages  # sequences that hold the page
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._owners = [0] * self.num_pages  # sequences that hold the page
+        self._free = list(range(self.num_pages - 1, -1, -1))
         self._table: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
         return len(self.seqlens)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool, used or not."""
+        return self.k[0].shape[0]
 
     def get_seq_length(self) -> int:
         """Columns seen so far, padding included (the meaning it has in transformers)."""
@@ -73,15 +96,30 @@ class PagedKVCache:
 
     def append(self, num_new: list[int]) -> CacheSlots:
         """Makes room for num_new[b] more tokens of sequence b, in the order in which they are packed."""
-        if len(num_new) != self.batch_size:
-            raise ValueError(f"PagedKVCache: the cache holds {self.batch_size} sequences, got {len(num_new)}")
         starts = self.seqlens
+        self.reserve(num_new)
         self.seqlens = [old + new for old, new in zip(starts, num_new, strict=True)]
-        needed = [_pages(length) - len(pages) for length, pages in zip(self.seqlens, self._pages, strict=True)]
-        if any(n > 0 for n in needed):
-            self._take_pages(needed)
         table = self._page_table()
         return CacheSlots(self._slots(table, starts, num_new), table, self._int32(self.seqlens))
+
+    def reserve(self, num_new: list[int]) -> None:
+        """Takes the pages of num_new[b] more tokens of sequence b, without counting these tokens yet."""
+        if len(num_new) != self.batch_size:
+            raise ValueError(f"PagedKVCache: the cache holds {self.batch_size} sequences, got {len(num_new)}")
+        lengths = [old + new for old, new in zip(self.seqlens, num_new, strict=True)]
+        needed = [pages_of(length) - len(pages) for length, pages in zip(lengths, self._pages, strict=True)]
+        if any(n > 0 for n in needed):
+            self._take_pages(needed)
+
+    def advance(self) -> None:
+        """Counts one more token of each sequence, which a kernel has written to a reserved page."""
+        self.seqlens = [length + 1 for length in self.seqlens]
+        assert all(pages_of(n) <= len(pages) for n, pages in zip(self.seqlens, self._pages, strict=True))
+
+    def page_table(self, num_columns: int) -> Tensor:
+        """[batch_size, num_columns] int32 on the host: the pages that each sequence has, then zeros."""
+        rows = [pages + [0] * (num_columns - len(pages)) for pages in self._pages]
+        return torch.tensor(rows, dtype=torch.int32)
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every sequence becomes `repeats` adjacent ones. Full pages are shared; only the last, partly filled page of
@@ -102,7 +140,8 @@ class PagedKVCache:
                 self._pages.append(full + own)
 
     def drop_last(self, num_dropped: list[int]) -> None:
-        """Forgets the last num_dropped[b] tokens of sequence b; pages that nobody needs any more are free again."""
+        """Forgets the last num_dropped[b] tokens of sequence b; pages that nobody needs any more are free again,
+        reserved ones too."""
         if len(num_dropped) != self.batch_size:
             raise ValueError(f"PagedKVCache: the cache holds {self.batch_size} sequences, got {len(num_dropped)}")
         if any(not 0 <= n <= length for n, length in zip(num_dropped, self.seqlens, strict=True)):
@@ -110,7 +149,7 @@ class PagedKVCache:
         self.num_columns = max(0, self.num_columns - min(num_dropped))  # columns that no sequence has any more
         self.seqlens = [length - n for length, n in zip(self.seqlens, num_dropped, strict=True)]
         for length, pages in zip(self.seqlens, self._pages, strict=True):
-            while len(pages) > _pages(length):
+            while len(pages) > pages_of(length):
                 self._release(pages.pop())
                 self._table = None
             if length % PAGE_SIZE and self._owners[pages[-1]] > 1:  # will be written, so it must not be shared
@@ -175,9 +214,7 @@ class PagedKVCache:
 
     def _page_table(self) -> Tensor:
         if self._table is None:
-            width = max(1, *(len(pages) for pages in self._pages))
-            rows = [pages + [0] * (width - len(pages)) for pages in self._pages]
-            self._table = torch.tensor(rows, dtype=torch.int32, device=self.device)
+            self._table = self.page_table(max(1, *(len(pages) for pages in self._pages))).to(self.device)
         return self._table
 
     def _slots(self, table: Tensor, starts: list[int], num_new: list[int]) -> Tensor:
@@ -198,5 +235,6 @@ class PagedKVCache:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
-def _pages(num_tokens: int) -> int:
+def pages_of(num_tokens: int) -> int:
+    """Pages that so many tokens of one sequence need."""
     return -(-num_tokens // PAGE_SIZE)

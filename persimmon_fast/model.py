@@ -8,7 +8,6 @@ tokens and cannot change one another. Module and parameter names are those of tr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -18,55 +17,15 @@ from torch import Tensor, nn
 from persimmon_fast import ops
 from persimmon_fast.checkpoint import load_checkpoint, save_checkpoint
 from persimmon_fast.config import PersimmonConfig
-from persimmon_fast.generation import GenerationConfig, GenerationMixin
-from persimmon_fast.kv_cache import CacheSlots, PagedKVCache
+from persimmon_fast.decode_graph import DecodeGraphs
+from persimmon_fast.generation import GenerationMixin
+from persimmon_fast.generation_config import GenerationConfig
+from persimmon_fast.kv_cache import PackedBatch, PagedKVCache
 from persimmon_fast.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from persimmon_fast.rope import rope_cos_sin
+from persimmon_fast.rope import RotaryTable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class RotaryTable:
-    """The cosines and sines of a model, made when first needed and grown with the longest sequence seen.
-
-    Not a buffer: model.to(bfloat16) must not round it (0.75 rad at position 1,000), and checkpoints do not hold it.
-    """
-
-    _MIN_ROWS = 2048
-
-    def __init__(self, config: PersimmonConfig) -> None:
-        self._config = config
-        self._key: tuple[object, ...] | None = None
-        self._table = torch.empty(0)
-        stretch = config.rope_scaling["factor"] if config.rope_type == "dynamic" and config.rope_scaling else 1
-        self.limit = int(config.max_position_embeddings * stretch)
-
-    def __call__(self, seq_len: int, device: torch.device) -> Tensor:
-        """cos_sin [at least seq_len, rotary_dim] for sequences of up to seq_len tokens."""
-        if seq_len > self.limit:
-            raise ValueError(
-                f"position {seq_len - 1} is past this model's last position {self.limit - 1} "
-                f"(max_position_embeddings={self._config.max_position_embeddings}, rope type {self._config.rope_type})"
-            )
-        rows = min(self.limit, max(self._MIN_ROWS, 1 << (seq_len - 1).bit_length() if seq_len else 1))
-        # only these two types change their frequencies with the length of the sequence
-        served = seq_len if self._config.rope_type in ("dynamic", "longrope") else None
-        key = (rows, served, device)
-        if key != self._key:
-            self._table, self._key = rope_cos_sin(self._config, rows, served, device), key
-        return self._table
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """What attention needs to know about the tokens of one forward pass."""
-
-    position_ids: Tensor  # [num_tokens] int64, rows of cos_sin
-    cos_sin: Tensor  # [num_positions, rotary_dim] fp32
-    cu_seqlens_q: Tensor  # [batch_size + 1] int32
-    max_seqlen_q: int
-    slots: CacheSlots | None  # None: no cache
 
 
 class _InputNorm(TypedDict):
@@ -318,15 +277,21 @@ class PersimmonModel(PersimmonPreTrainedModel):
         """The decoder on packed embeddings x [num_tokens, hidden_size], position_ids [num_tokens]; lengths[b]: tokens
         of sequence b; seq_len: largest position + 1. Returns the normalised output like x, and the hidden states that
         were asked for."""
-        cos_sin = self.rotary(seq_len, x.device)
         cu_seqlens = torch.tensor([0, *lengths], device=x.device).cumsum(0, dtype=torch.int32)
         batch = PackedBatch(
             position_ids=position_ids,
-            cos_sin=cos_sin,
+            cos_sin=self.rotary(seq_len, x.device),
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=max(lengths, default=0),
             slots=cache.append(lengths) if cache is not None else None,
         )
+        return self.forward_batch(x, batch, cache, output_hidden_states=output_hidden_states)
+
+    def forward_batch(
+        self, x: Tensor, batch: PackedBatch, cache: PagedKVCache | None, *, output_hidden_states: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`forward_packed` of a batch whose tensors lie on the device already: it neither reads nor makes a value on
+        the host, so that it can be captured in a CUDA graph."""
         hidden_states = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
@@ -387,6 +352,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.generation_config = GenerationConfig.from_model_config(config)
+        self.decode_graphs = DecodeGraphs()
 
     @staticmethod
     def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -71,6 +71,11 @@ def _use_kernel(op: str, *tensors: Tensor | None, head_dim: int | None = None) -
     return True
 
 
+def has_kernels(like: Tensor, head_dim: int) -> bool:
+    """Whether every op of a decode step runs its kernel on tensors of the device of `like`, with heads of this size."""
+    return all(_use_kernel(op, like, head_dim=head_dim) for op in ("qkv_norm_rope_paged", "paged_attention"))
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension.
 

@@ -11,6 +11,38 @@ import torch
 from persimmon_fast.config import PersimmonConfig
 
 
+class RotaryTable:
+    """The cosines and sines of a model, made when first needed and grown with the longest sequence seen.
+
+    Not a buffer: model.to(bfloat16) must not round it (0.75 rad at position 1,000), and checkpoints do not hold it.
+    """
+
+    _MIN_ROWS = 2048
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        self._config = config
+        self._key: tuple[object, ...] | None = None
+        self._table = torch.empty(0)
+        stretch = config.rope_scaling["factor"] if config.rope_type == "dynamic" and config.rope_scaling else 1
+        self.limit = int(config.max_position_embeddings * stretch)
+        # of these two types the whole table changes with the length of the sequence
+        self.depends_on_length = config.rope_type in ("dynamic", "longrope")
+
+    def __call__(self, seq_len: int, device: torch.device) -> torch.Tensor:
+        """cos_sin [at least seq_len, rotary_dim] for sequences of up to seq_len tokens."""
+        if seq_len > self.limit:
+            raise ValueError(
+                f"position {seq_len - 1} is past this model's last position {self.limit - 1} "
+                f"(max_position_embeddings={self._config.max_position_embeddings}, rope type {self._config.rope_type})"
+            )
+        rows = min(self.limit, max(self._MIN_ROWS, 1 << (seq_len - 1).bit_length() if seq_len else 1))
+        served = seq_len if self.depends_on_length else None
+        key = (served, device)
+        if key != self._key or self._table.shape[0] < rows:  # it never shrinks: a CUDA graph may hold its address
+            self._table, self._key = rope_cos_sin(self._config, rows, served, device), key
+        return self._table
+
+
 def rope_inv_freq(
     config: PersimmonConfig, seq_len: int | None = None, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, float]:

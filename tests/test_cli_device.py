@@ -205,13 +205,13 @@ def test_a_gpu_is_waited_for_before_a_time_is_taken(
     assert opened.load_seconds == 1000.0
     assert len(waited) == 1
     steps = iter([1.0, 10.0, 100.0])
-    forward_packed = opened.model.model.forward_packed
+    forward_batch = opened.model.model.forward_batch
 
-    def timed_forward(*arguments: Any) -> Any:
+    def timed_forward(*arguments: Any, **settings: Any) -> Any:
         clock[0] += next(steps)
-        return forward_packed(*arguments)
+        return forward_batch(*arguments, **settings)
 
-    monkeypatch.setattr(opened.model.model, "forward_packed", timed_forward)
+    monkeypatch.setattr(opened.model.model, "forward_batch", timed_forward)
     result = opened.generate(opened.encode("x"), lambda text: None)
     assert waited == [torch.device("cuda:1")] * 2
     assert (result.prefill_seconds, result.decode_seconds) == (1.0, 110.0)

@@ -59,7 +59,7 @@ def tiny():
 
 
 class StepCounter:
-    """Counts the forward passes after the prefill, and their rows."""
+    """Counts the forward passes of prompt lookup after the prefill, and their rows."""
 
     def __init__(self, model, monkeypatch):
         self.rows: list[int] = []
@@ -207,7 +207,7 @@ def test_text_that_does_not_repeat_turns_drafts_off(tiny, monkeypatch):
     ids = torch.randint(3, 160, (1, 30), generator=torch.Generator().manual_seed(1))
     settings = {"do_sample": True, "temperature": 5.0, "seed": 1, "max_new_tokens": 220, "max_matching_ngram_size": 1}
     assert_same(*both(tiny, {"input_ids": ids}, 15, **settings))
-    rows = steps.rows[219:]  # those of the second run
+    rows = steps.rows
     num_drafted, num_accepted = sum(rows) - len(rows), 219 - len(rows)
     assert num_drafted > 10  # there was something to turn off
     assert ROW_COST * num_drafted - num_accepted <= INITIAL_BALANCE + INCOME_PER_STEP * len(rows) + 1e-6
@@ -275,7 +275,7 @@ def test_embeddings_instead_of_ids_draft_from_the_new_text(small, tokenizer, mon
     steps = StepCounter(small, monkeypatch)
     plain, drafted = both(small, {"inputs_embeds": small.model.embed_tokens(ids)}, max_new_tokens=60, **GREEDY)
     assert_same(plain, drafted)
-    assert len(steps.rows) < 2 * 59
+    assert len(steps.rows) < 59
 
 
 @pytest.mark.parametrize(
