@@ -29,6 +29,7 @@ from torch import Tensor
 from benchmarks import command_line, counts, report
 from benchmarks.cases import DTYPES
 from benchmarks.limits import read_limit
+from benchmarks.llama_cpp_mode import MAX_CONTEXT, LlamaCppMode
 from benchmarks.models import (
     DECODER_OPS,
     UpBiases,
@@ -143,7 +144,7 @@ class DecodeBenchmark:
             OurMode("persimmon_fast, " + (f"{zeros:.0%} zeros" if zeros else "dense"), self.model, zeros)
             for zeros in args.zeros
         ]
-        self.rivals = [] if args.no_transformers else self._rivals(compiled=not (args.quick or args.no_compile))
+        self.rivals = self._rivals(args, compiled=not (args.quick or args.no_compile))
 
     def cell(self, cell: Cell) -> dict[str, Any] | None:
         """The section of a cell; None where its cache does not fit."""
@@ -237,7 +238,7 @@ class DecodeBenchmark:
     def _check_agreement(self, modes: list[Mode], tokens: Tensor) -> None:
         """All modes must give the same logits on the same biases, up to the roundings of their orders, and the fast
         way to the next token one of the best of them."""
-        others = [mode for mode in modes if not isinstance(mode, OurMode)]
+        others = [mode for mode in modes if mode.is_same_model and not isinstance(mode, OurMode)]
         for ours in self.ours:
             self.biases.use(ours.zeros)
             ours.rewind()
@@ -272,22 +273,36 @@ class DecodeBenchmark:
 
     # ---- what runs ----
 
-    def _rivals(self, *, compiled: bool) -> list[Mode]:
-        if self.device.type == "cpu":
-            copies = self._down_bytes()
-            if reason := self._too_large("their copies of the down-projections", copies, _SPARE_BYTES):
-                self._skip("transformers", reason)
-                return []
-        weights = row_major_weights(self.model)
+    def _rivals(self, args: argparse.Namespace, *, compiled: bool) -> list[Mode]:
         rivals: list[Mode] = []
+        if not args.no_transformers or (compiled and self.device.type == "cuda"):
+            reason = self._too_large("a second copy of the down-projections", self._down_bytes(), _SPARE_BYTES)
+            if reason is not None:
+                self._skip("what runs on torch", reason)
+            else:
+                rivals += self._torch_rivals(args, compiled=compiled)
+        weight_bytes = self.model.num_parameters() * self.dtype.itemsize
         try:
-            rivals += transformers_modes(self.model, weights, compiled=compiled, freezing=False)
+            if reason := self._too_large("llama.cpp's copy of the weights", weight_bytes, _SPARE_BYTES):
+                self._skip("llama.cpp", reason)
+            else:
+                rivals.append(LlamaCppMode(self.model))
         except UnavailableError as error:
-            self._skip("transformers", str(error))
-        if compiled and self.device.type == "cuda":
-            rivals.append(StaticMode(self.config, weights, compiled=True))
+            self._skip("llama.cpp", str(error))
         for mode in rivals:
             mode.zeros = 0.0
+        return rivals
+
+    def _torch_rivals(self, args: argparse.Namespace, *, compiled: bool) -> list[Mode]:
+        weights = row_major_weights(self.model)
+        rivals: list[Mode] = []
+        if not args.no_transformers:
+            try:
+                rivals += transformers_modes(self.model, weights, compiled=compiled, freezing=False)
+            except UnavailableError as error:
+                self._skip("transformers", str(error))
+        if compiled and self.device.type == "cuda":
+            rivals.append(StaticMode(self.config, weights, compiled=True))
         return rivals
 
     def _that_fit(self, cell: Cell, steps: int) -> list[Mode]:
@@ -304,6 +319,10 @@ class DecodeBenchmark:
         )
         kinds: set[str] = set()
         for mode in (*self.ours, *self.rivals):
+            if isinstance(mode, LlamaCppMode) and (cell.rows > 1 or cell.context > MAX_CONTEXT):
+                limits = f"compared with one sequence of at most {MAX_CONTEXT:,} tokens, which it must compute"
+                self._skip(f"{cell.label}, {mode.name}", limits)
+                continue
             if mode.cache_kind not in kinds:
                 if reason := self._too_large(arithmetic, cache, taken):
                     self._skip(f"{cell.label}, {mode.name if modes else 'all'}", reason)

@@ -47,6 +47,7 @@ class Mode:
         in_prefill, in_generate: whether it takes part there; modes that differ in decode steps alone do not.
         cache_kind: modes of one kind can share a cache.
         is_default: whether it is what transformers' `generate` does when nothing else is asked for.
+        is_same_model: whether its logits must be ours.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Mode:
     in_generate = True
     cache_kind: str
     is_default = False
+    is_same_model = True
 
     def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
         """Starts a new cache with input_ids [1, seqlen]; the last token's logits [1, vocab_size]."""

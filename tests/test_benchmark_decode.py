@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_reported_with_its_arithmetic(monkeypatch):
     # 8 KiB a token: 133 tokens of four sequences; 3 MB spare, 128 tokens to fill them from, a layer that grows
     with torch.no_grad():
         assert bench.cell(decode.Cell(128, 4)) is None
-    (record,) = skipped
+    record = next(record for record in skipped if "llama" not in record["op"])  # which may be installed or not
     assert record == {
         "op": "decode: context 128, 4 sequences, all",
         "reason": "a cache of 2 x 4 layers x 256 x 133 tokens x 4 sequences x 4 bytes = 0.00436 GB, with 0.00514 GB "
@@ -176,7 +176,7 @@ def quick_run(tmp_path_factory):
 
 def test_result_holds_every_cell_with_rates_and_limits(quick_run):
     _, result, _ = quick_run
-    assert result["skipped"] == []
+    assert [record for record in result["skipped"] if "llama" not in record["op"]] == []
     sections = result["decode"]["sections"]
     assert [(s["context"], s["batch_size"]) for s in sections] == [(128, 1), (128, 2)]
     for section in sections:
