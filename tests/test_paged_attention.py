@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DTYPES, EMU, ISAS, assert_within_contract, backend, randn
+from helpers import BACKENDS, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, randn
 from test_flash_attention import GPU_KERNELS, SANITIZED_DTYPES, cu_seqlens, packed, plain_torch
 
 from persimmon_fast import ops, reference
@@ -165,6 +165,23 @@ def test_nan_and_inf_reach_the_queries_that_see_them_and_no_other(name, dtype, v
             assert torch.equal((~out[:, 0].isfinite()).any(-1), hit), f"cache {i}"
             assert_within_contract(out[:5], before[:5].double(), before[:5], "queries before")
             assert torch.equal(out[:, 1], before[:, 1])
+
+
+# bf16 on AMX: up to 16 queries, which is what a step with drafted tokens needs; elsewhere one path takes up to 4
+@pytest.mark.parametrize(
+    ("isa", "dtype", "num_queries"),
+    [(isa, dtype, 4) for isa in ISAS for dtype in DTYPES]
+    + [("amx", torch.bfloat16, num_queries) for num_queries in (5, 9, 16) if "amx" in ISAS],
+    ids=str,
+)
+@pytest.mark.parametrize(("num_keys", "head_dim"), [(70, 64), (2060, 128), (129, 96)])
+def test_a_query_has_the_bits_that_it_has_alone(isa, dtype, num_queries, num_keys, head_dim):
+    with cpu_isa(isa):
+        q, _, _, *cache, seqlens = paged_inputs([num_queries], [num_keys], dtype, num_heads=2, head_dim=head_dim)
+        together = run(q, *cache, seqlens, [num_queries])
+        for i in range(num_queries):
+            alone = run(q[i : i + 1], *cache, seqlens - (num_queries - 1 - i), [1])
+            assert torch.equal(together[i], alone[0]), f"query {i}"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

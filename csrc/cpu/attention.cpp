@@ -2,20 +2,21 @@
 //
 // Work      one sequence, one head, up to 64 queries; key tiles of up to 64 keys (never across a page), online
 //           softmax. Up to 16 queries: cut further into 2,048 keys, partial results merged by attention_combine
-// Scores    up to 4 queries: one register of keys at a time, a dot product each, summed by a register transpose;
-//           more: the tile of K is transposed to fp32 once and multiplied as a matrix. Then P V as a matrix
+// Scores    bf16 on a processor with AMX, up to 16 queries: the tile unit, attention_amx.h. Else, up to 4 queries: one
+//           register of keys at a time, a dot product each, summed by a register transpose; more: the tile of K is
+//           transposed to fp32 once and multiplied as a matrix. Then P V as a matrix
 // Traffic   decode: K and V once. One stream of misses does not fill the memory's bandwidth, and hardware
 //           prefetchers stop at 4 KB: software prefetch walks K and V of the next four tiles in lockstep, eight
-//           streams. Splits are the outer loop over heads: the TLB and page-table lines of a split's pages still
-//           serve the next head
-// Bound     memory for one query per sequence, fp32 FMA for many
-// Numerics  q pre-scaled in fp32; scores, softmax, weights and sums in fp32, rounded once. A key that a query does
-//           not see is left out, not multiplied by zero: a NaN there cannot reach it. No keys: out 0, lse -inf
-// Measured  share of the read bandwidth of the same run (16 GB/s), 64 heads x 64, bf16, 1 thread, CPU time: one query
-//           0.83-0.89 at 2,048 and 16,384 keys (prefetch of the next tile only: 0.58, 0.49; heads as the outer
-//           loop: 0.84, 0.74); 4 queries 0.64, 8 queries 0.40, 16 queries 0.27 (bound by arithmetic). 2,048 tokens,
-//           16 heads, causal: 109 GFLOP/s bf16, 103 fp16, 82 fp32. Sapphire-Rapids-class Xeon (fp32 peak at 2.6 GHz:
-//           166), 2026-11
+//           streams, and on into the next head. Splits are the outer loop over heads: the TLB and page-table lines of a
+//           split's pages still serve the next head
+// Bound     memory for up to 4 queries per sequence (16 on AMX: half of it), arithmetic for many
+// Numerics  scores, softmax, weights and sums in fp32, rounded once. A key that a query does not see is left out, not
+//           multiplied by zero: a NaN there cannot reach it. No keys: out 0, lse -inf. Up to 4 queries (16 on AMX) of a
+//           sequence have the bits that each has alone
+// Measured  share of the read bandwidth of the same run (33.8 GB/s, huge pages), 64 heads x 64, bf16, 2 threads, median
+//           of 12 rounds: 1 query 0.83 at 2,048 and 0.86 at 16,384 keys, 4 queries 0.75, 16 queries 0.52; at 128 keys
+//           0.5, 0.1 ms. Before AMX: 0.77, 0.81, 0.60, 0.27. 2,048 tokens, 16 heads, causal, 1 thread: 109 GFLOP/s
+//           bf16, 103 fp16, 82 fp32. Sapphire-Rapids-class Xeon (fp32 peak at 2.6 GHz: 166), 2026-11
 // Source    Dao et al. 2022, FlashAttention, arXiv:2205.14135; Milakov and Gimelshein 2018, Online normalizer
 //           calculation for softmax, arXiv:1805.02867; splits as in Flash-Decoding (Dao et al. 2023)
 #include "csrc/cpu/attention.h"
@@ -25,73 +26,21 @@
 #include <limits>
 #include <type_traits>
 
+#include "csrc/cpu/attention_tiles.h"
 #include "csrc/cpu/transpose.h"
 #include "csrc/cpu/vec.h"
+#if defined(__AVX512BF16__)
+#include "csrc/cpu/attention_amx.h"
+#endif
 
 namespace persimmon_fast::cpu::PF_ISA {
 namespace {
 
-constexpr int kW = Vec::kWidth;
-constexpr int kTileKeys = 64;
-constexpr int kMaxDim = static_cast<int>(kAttentionMaxHeadDim);
-constexpr int kMaxRows = static_cast<int>(kAttentionQueryBlock);
-constexpr int kAhead = 4;       // tiles that are prefetched
+constexpr int kKeysPerStep = kW / (2 * kAhead);  // of the prefetch: two steps for every register of keys
+static_assert(kKeysPerStep >= 1, "a step must make progress");
 constexpr int kDirectRows = 4;  // up to here K and V are used as they lie; above, they are converted once per tile
-constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 // Matrix products keep 4 rows x kGroup registers of sums: 16 of 32 registers with AVX-512, 8 of 16 with AVX2.
 constexpr int kGroup = kW == 16 ? 4 : 2;
-
-// Everything of one work item; about 150 KB, so on the stack of the thread and in its L2.
-struct Scratch {
-  alignas(64) float q[kMaxRows * kMaxDim];              // [row][head_dim padded], times softmax_scale
-  alignas(64) float acc[kMaxRows * kMaxDim];            // [row][head_dim padded], sum of weight * v
-  alignas(64) float weights[kMaxRows * kTileKeys];      // [row][key], scores, then exp(score - max)
-  alignas(64) float k_transposed[kMaxDim * kTileKeys];  // [dim][key]
-  alignas(64) float v_wide[kTileKeys * kMaxDim];        // [key][head_dim padded]
-  float max[kMaxRows];
-  float sum[kMaxRows];
-};
-
-template <typename T>
-struct KeyTile {
-  const T* k;
-  const T* v;
-  int count;
-  int prefetched;  // keys
-};
-
-template <typename T>
-KeyTile<T> key_tile(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t key, int64_t end) {
-  int64_t page = 0;
-  int64_t row = s.k_begin + key;
-  int64_t count = std::min<int64_t>(kTileKeys, end - key);
-  if (s.pages != nullptr) {
-    page = s.pages[key / p.page_size];
-    row = key % p.page_size;
-    count = std::min(count, p.page_size - row);
-  }
-  return {static_cast<const T*>(p.k) + page * p.k_page_stride + head * p.k_head_stride + row * p.k_token_stride,
-          static_cast<const T*>(p.v) + page * p.v_page_stride + head * p.v_head_stride + row * p.v_token_stride,
-          static_cast<int>(count), 0};
-}
-
-// One step of the prefetch: a few keys of each tile ahead. A tile of 64 keys takes 2 * 64 / kW steps to compute and
-// is complete after four times as many.
-template <typename T>
-inline void prefetch_step(const AttentionParams& p, KeyTile<T> (&ahead)[kAhead]) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  constexpr int kKeysPerStep = kW / (2 * kAhead);
-  static_assert(kKeysPerStep >= 1, "a step must make progress");
-  for (KeyTile<T>& tile : ahead) {
-    const int stop = std::min(tile.prefetched + kKeysPerStep, tile.count);
-    for (; tile.prefetched < stop; ++tile.prefetched) {
-      for (int64_t d = 0; d < p.head_dim; d += kLine) {
-        __builtin_prefetch(tile.k + tile.prefetched * p.k_token_stride + d);
-        __builtin_prefetch(tile.v + tile.prefetched * p.v_token_stride + d);
-      }
-    }
-  }
-}
 
 // c[r][0 .. kVecs * kW) = (kAdd ? c : 0) + sum_i a[r][i] b[i][..]; lanes: how many of the last register exist in b.
 template <bool kAdd, int kRows, int kVecs, typename B>
@@ -199,118 +148,133 @@ inline void widen_row(const T* row, int head_dim, float* out) {
   }
 }
 
-// scores[j] -> exp(scores[j] - max) for j < visible, 0 up to padded; updates max, sum and acc (the online softmax).
-inline void softmax_row(float* scores, int visible, int padded, float& max, float& sum, float* acc, int head_dim) {
-  for (int j = visible; j < padded; ++j) scores[j] = kMinusInf;
-  Vec tile_max = Vec::set1(kMinusInf);
-  for (int j = 0; j < padded; j += kW) tile_max = persimmon_fast::cpu::PF_ISA::max(tile_max, load(scores + j));
-  const float new_max = std::max(max, reduce_max(tile_max));
-  const float shift = new_max == kMinusInf ? 0.0f : new_max;  // all scores -inf: weights 0, not NaN
-  Vec tile_sum = Vec::zero();
-  for (int j = 0; j < padded; j += kW) {
-    const Vec weight = exp(load(scores + j) - Vec::set1(shift));
-    tile_sum = tile_sum + weight;
-    store(scores + j, weight);
-  }
-  const float rescale = std::exp(max - shift);
-  if (rescale != 1.0f) {
-    for (int d = 0; d < head_dim; d += kW) store(acc + d, load(acc + d) * Vec::set1(rescale));
-  }
-  sum = sum * rescale + reduce_add(tile_sum);
-  max = new_max;
-}
-
-inline int64_t visible_keys(const AttentionParams& p, const AttentionSequence& s, int64_t query) {
-  return p.causal ? std::clamp<int64_t>(s.num_keys - s.num_queries + query + 1, 0, s.num_keys) : s.num_keys;
-}
-
-// Keys [begin, end) for queries [first_query, first_query + rows) of one head: leaves acc, max and sum in scratch.
+// A block of queries of one head in vector registers, any type.
 template <typename T>
-void attend(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t first_query, int rows,
-            int64_t begin, int64_t end, Scratch& scratch) {
-  const int head_dim = static_cast<int>(p.head_dim);
-  const int padded_dim = (head_dim + kW - 1) / kW * kW;
-  const bool direct = rows <= kDirectRows;
-  for (int r = 0; r < rows; ++r) {
-    const T* q = static_cast<const T*>(p.q) + (s.q_begin + first_query + r) * p.q_token_stride + head * p.q_head_stride;
-    for (int d = 0; d < head_dim; d += kW) {
-      const Vec wide = load_n(q + d, std::min(kW, head_dim - d));
-      store(scratch.q + r * padded_dim + d, wide * Vec::set1(p.softmax_scale));
-      store(scratch.acc + r * padded_dim + d, Vec::zero());
+class VectorAttention {
+ public:
+  VectorAttention(const AttentionParams& p, int num_queries, AttentionScratch& scratch)
+      : p_(p),
+        scratch_(scratch),
+        num_queries_(num_queries),
+        head_dim_(static_cast<int>(p.head_dim)),
+        padded_dim_(padded_dim(p)),
+        direct_(num_queries <= kDirectRows) {}
+
+  int num_queries() const { return num_queries_; }
+
+  void load_query(int row, const T* q) {
+    for (int d = 0; d < head_dim_; d += kW) {
+      const Vec wide = load_n(q + d, std::min(kW, head_dim_ - d));
+      store(scratch_.q + row * padded_dim_ + d, wide * Vec::set1(p_.softmax_scale));
     }
+  }
+
+  template <typename Prefetch>
+  void scores(const KeyTile<T>& tile, const Prefetch& prefetch) {
+    for (int j = 0; j < tile.count; j += kW) {
+      prefetch(kKeysPerStep);
+      if (direct_) {
+        for (int r = 0; r < num_queries_; ++r) {
+          store(scratch_.weights + r * kTileKeys + j,
+                dot_keys(scratch_.q + r * padded_dim_, tile.k + j * p_.k_token_stride, p_.k_token_stride,
+                         tile.count - j, head_dim_));
+        }
+      } else {
+        transpose_keys(tile.k, p_.k_token_stride, j, tile.count, head_dim_, scratch_.k_transposed);
+      }
+    }
+    if (!direct_) {
+      multiply<false>(num_queries_, padded(tile.count), head_dim_, scratch_.q, padded_dim_, scratch_.k_transposed,
+                      kTileKeys, scratch_.weights, kTileKeys);
+    }
+  }
+
+  template <typename Visible, typename Prefetch>
+  void weigh(const KeyTile<T>& tile, const Visible& visible, const Prefetch& prefetch) {
+    const bool whole = visible(0) == tile.count;  // the first query sees the fewest keys
+    const auto weigh_keys = [&](const auto* values, int64_t stride, int from, int to) {
+      if (whole) {
+        multiply<true>(num_queries_, head_dim_, to - from, scratch_.weights + from, kTileKeys, values + from * stride,
+                       stride, scratch_.acc, padded_dim_);
+        return;
+      }
+      for (int r = 0; r < num_queries_; ++r) {
+        multiply<true>(1, head_dim_, std::min(to, visible(r)) - from, scratch_.weights + r * kTileKeys + from,
+                       kTileKeys, values + from * stride, stride, scratch_.acc + r * padded_dim_, padded_dim_);
+      }
+    };
+    for (int j = 0; j < tile.count; j += kW) {
+      const int stop = std::min(j + kW, tile.count);
+      prefetch(kKeysPerStep);
+      if (direct_) {
+        weigh_keys(tile.v, p_.v_token_stride, j, stop);
+      } else if constexpr (!std::is_same_v<T, float>) {
+        for (int i = j; i < stop; ++i) {
+          widen_row(tile.v + i * p_.v_token_stride, head_dim_, scratch_.v_wide + i * padded_dim_);
+        }
+      }
+    }
+    if (direct_) return;
+    if constexpr (std::is_same_v<T, float>) {
+      weigh_keys(tile.v, p_.v_token_stride, 0, tile.count);
+    } else {
+      weigh_keys(static_cast<const float*>(scratch_.v_wide), padded_dim_, 0, tile.count);
+    }
+  }
+
+ private:
+  const AttentionParams& p_;
+  AttentionScratch& scratch_;
+  int num_queries_;
+  int head_dim_;
+  int padded_dim_;
+  bool direct_;
+};
+
+// Keys [begin, end) for the queries of one head from first_query on: leaves acc, max and sum in scratch. attention: a
+// VectorAttention or a TileAttention.
+template <typename T, typename Attention>
+void attend(const AttentionParams& p, const AttentionSequence& s, int64_t head, int64_t first_query, int64_t begin,
+            int64_t end, Attention& attention, AttentionScratch& scratch) {
+  const int rows = attention.num_queries();
+  for (int r = 0; r < rows; ++r) {
+    const int64_t query = s.q_begin + first_query + r;
+    attention.load_query(r, static_cast<const T*>(p.q) + query * p.q_token_stride + head * p.q_head_stride);
+    std::fill_n(scratch.acc + r * padded_dim(p), padded_dim(p), 0.0f);
     scratch.max[r] = kMinusInf;
     scratch.sum[r] = 0.0f;
   }
   end = std::min(end, visible_keys(p, s, first_query + rows - 1));
   if (begin >= end) return;
+  // Prefetch runs on into the next head, the next work item of most threads: short contexts have few tiles each.
+  int64_t ahead_head = head;
   int64_t ahead_key = begin;
   const auto next_tile = [&] {
-    const KeyTile<T> next = ahead_key < end ? key_tile<T>(p, s, head, ahead_key, end) : KeyTile<T>{};
+    if (ahead_key >= end && ahead_head == head) {
+      ++ahead_head;
+      ahead_key = begin;
+    }
+    if (ahead_key >= end || ahead_head == p.num_heads) return KeyTile<T>{};
+    const KeyTile<T> next = key_tile<T>(p, s, ahead_head, ahead_key, end);
     ahead_key += next.count;
     return next;
   };
   KeyTile<T> tile = next_tile();
   KeyTile<T> ahead[kAhead];
   for (KeyTile<T>& next : ahead) next = next_tile();
+  const auto prefetch = [&](int num_keys) { prefetch_keys(p, ahead, num_keys); };
   for (int64_t key = begin; key < end;) {
-    const int padded_count = (tile.count + kW - 1) / kW * kW;
-
-    for (int j = 0; j < tile.count; j += kW) {
-      prefetch_step(p, ahead);
-      if (direct) {
-        for (int r = 0; r < rows; ++r) {
-          store(scratch.weights + r * kTileKeys + j, dot_keys(scratch.q + r * padded_dim, tile.k + j * p.k_token_stride,
-                                                              p.k_token_stride, tile.count - j, head_dim));
-        }
-      } else {
-        transpose_keys(tile.k, p.k_token_stride, j, tile.count, head_dim, scratch.k_transposed);
-      }
-    }
-    if (!direct) {
-      multiply<false>(rows, padded_count, head_dim, scratch.q, padded_dim, scratch.k_transposed, kTileKeys,
-                      scratch.weights, kTileKeys);
-    }
-
     const auto visible = [&](int r) {
       return static_cast<int>(std::clamp<int64_t>(visible_keys(p, s, first_query + r) - key, 0, tile.count));
     };
+    attention.scores(tile, prefetch);
     for (int r = 0; r < rows; ++r) {
       if (visible(r) > 0) {
-        softmax_row(scratch.weights + r * kTileKeys, visible(r), padded_count, scratch.max[r], scratch.sum[r],
-                    scratch.acc + r * padded_dim, padded_dim);
+        softmax_row(scratch.weights + r * kTileKeys, visible(r), padded(tile.count), scratch.max[r], scratch.sum[r],
+                    scratch.acc + r * padded_dim(p), padded_dim(p));
       }
     }
-
-    const T* v = tile.v;
-    const float* wide_v = scratch.v_wide;
-    const bool whole = visible(0) == tile.count;  // the first query sees the fewest keys
-    const auto weigh = [&](const auto* values, int64_t stride, int from, int to) {
-      if (whole) {
-        multiply<true>(rows, head_dim, to - from, scratch.weights + from, kTileKeys, values + from * stride, stride,
-                       scratch.acc, padded_dim);
-        return;
-      }
-      for (int r = 0; r < rows; ++r) {
-        multiply<true>(1, head_dim, std::min(to, visible(r)) - from, scratch.weights + r * kTileKeys + from, kTileKeys,
-                       values + from * stride, stride, scratch.acc + r * padded_dim, padded_dim);
-      }
-    };
-    for (int j = 0; j < tile.count; j += kW) {
-      const int stop = std::min(j + kW, tile.count);
-      prefetch_step(p, ahead);
-      if (direct) {
-        weigh(v, p.v_token_stride, j, stop);
-      } else if constexpr (!std::is_same_v<T, float>) {
-        for (int i = j; i < stop; ++i) widen_row(v + i * p.v_token_stride, head_dim, scratch.v_wide + i * padded_dim);
-      }
-    }
-    if (!direct) {
-      if constexpr (std::is_same_v<T, float>) {
-        weigh(v, p.v_token_stride, 0, tile.count);
-      } else {
-        weigh(wide_v, padded_dim, 0, tile.count);
-      }
-    }
+    attention.weigh(tile, visible, prefetch);
     key += tile.count;
     tile = ahead[0];
     std::copy(ahead + 1, ahead + kAhead, ahead);
@@ -331,20 +295,35 @@ void finish_row(const AttentionParams& p, int64_t query, int64_t head, const flo
   if (p.lse != nullptr) p.lse[head * p.total_q + query] = sum == 0.0f ? kMinusInf : max + std::log(sum);
 }
 
+// Calls body with what computes a block of `rows` queries.
+template <typename T, typename Body>
+void with_attention(const AttentionParams& p, int rows, AttentionScratch& scratch, const Body& body) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (amx::can_attend(p, rows)) {
+      amx::TileAttention attention(p, rows, scratch);
+      return body(attention);
+    }
+  }
+#endif
+  VectorAttention<T> attention(p, rows, scratch);
+  body(attention);
+}
+
 template <typename T>
-void run_item(const AttentionParams& p, const AttentionSequence& s, int64_t item, Scratch& scratch) {
+void run_item(const AttentionParams& p, const AttentionSequence& s, int64_t item, AttentionScratch& scratch) {
   const int64_t block = item % s.num_blocks;
   const int64_t head = item / s.num_blocks % p.num_heads;
   const int64_t split = item / s.num_blocks / p.num_heads;
   const int64_t first_query = block * kAttentionQueryBlock;
   const int rows = static_cast<int>(std::min(kAttentionQueryBlock, s.num_queries - first_query));
-  const int padded_dim = (static_cast<int>(p.head_dim) + kW - 1) / kW * kW;
   const bool is_split = s.num_splits > 1;
   const int64_t begin = is_split ? split * kAttentionSplitKeys : 0;
   const int64_t end = is_split ? std::min(begin + kAttentionSplitKeys, s.num_keys) : s.num_keys;
-  attend<T>(p, s, head, first_query, rows, begin, end, scratch);
+  with_attention<T>(p, rows, scratch,
+                    [&](auto& attention) { attend<T>(p, s, head, first_query, begin, end, attention, scratch); });
   for (int r = 0; r < rows; ++r) {
-    const float* acc = scratch.acc + r * padded_dim;
+    const float* acc = scratch.acc + r * padded_dim(p);
     if (!is_split) {
       finish_row<T>(p, s.q_begin + first_query + r, head, acc, scratch.max[r], scratch.sum[r]);
       continue;
@@ -381,7 +360,7 @@ void combine_row(const AttentionParams& p, const AttentionSequence& s, int64_t h
 void attention(const AttentionParams& p, int64_t begin, int64_t end) {
   dispatch_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    Scratch scratch;
+    AttentionScratch scratch;
     const AttentionSequence* s = p.sequences;
     for (int64_t item = begin; item < end; ++item) {
       while (item >= s->first_item + p.num_heads * s->num_blocks * s->num_splits) ++s;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "csrc/cpu/amx.h"
 #include "csrc/cpu/stream.h"
 
 namespace persimmon_fast::cpu::PF_ISA {
@@ -19,37 +20,13 @@ constexpr int kStreams = 8;
 constexpr int64_t kColumns = 32;  // of one tile of weights: a cache line
 constexpr int64_t kPrefetchBytes = 2048;
 
-// The operand of ldtilecfg, Intel SDM vol. 1, section 18.3.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1;
-  uint8_t start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-static_assert(sizeof(TileConfig) == 64, "ldtilecfg reads 64 bytes");
-
-// tmm0: sums, tmm1: weights, tmm2: x. Written as asm because the intrinsics of GCC 12 do not tell the compiler which
-// memory they read: it may drop or delay the stores that fill a configuration or a buffer.
+// tmm0: sums, tmm1: weights, tmm2: x.
 inline void configure_tiles(int num_streams, int64_t num_rows) {
   TileConfig config;
-  config.rows[0] = config.rows[1] = static_cast<uint8_t>(num_streams);
-  config.rows[2] = kColumns / 2;
-  config.row_bytes[0] = config.row_bytes[2] = static_cast<uint16_t>(num_rows * sizeof(float));
-  config.row_bytes[1] = kColumns * sizeof(bf16);
-  asm volatile("ldtilecfg %0" ::"m"(config));
-}
-inline void release_tiles() { asm volatile("tilerelease"); }
-inline void zero_sums() { asm volatile("tilezero %tmm0"); }
-inline void load_weights(const bf16* p, int64_t stride_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm1" ::"r"(p), "r"(stride_bytes) : "memory");
-}
-inline void load_x(const bf16* p, int64_t stride_bytes) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm2" ::"r"(p), "r"(stride_bytes) : "memory");
-}
-inline void multiply_add() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }
-inline void store_sums(float* p, int64_t stride_bytes) {
-  asm volatile("tilestored %%tmm0, (%0,%1,1)" ::"r"(p), "r"(stride_bytes) : "memory");
+  config.set(0, num_streams, static_cast<int>(num_rows * sizeof(float)));
+  config.set(1, num_streams, kColumns * sizeof(bf16));
+  config.set(2, kColumns / 2, static_cast<int>(num_rows * sizeof(float)));
+  configure(config);
 }
 
 // Sums of one row of each stream, row s at weight + s * stream_stride, to out[m * out_row_stride + s * out_step].
@@ -57,27 +34,27 @@ inline void multiply_streams(const StreamParams& p, const bf16* weight, int num_
                              float* out, int64_t out_step) {
   const bf16* x = reinterpret_cast<const bf16*>(p.packed);
   const int64_t x_stride_bytes = p.num_rows * static_cast<int64_t>(sizeof(float));
-  zero_sums();
+  zero<0>();
   int64_t k = 0;
   for (; k + kColumns <= p.in_features; k += kColumns) {
     for (int s = 0; s < num_streams; ++s) {
       __builtin_prefetch(reinterpret_cast<const char*>(weight + s * stream_stride + k) + kPrefetchBytes);
     }
-    load_x(x + k * p.num_rows, x_stride_bytes);
-    load_weights(weight + k, stream_stride * static_cast<int64_t>(sizeof(bf16)));
-    multiply_add();
+    load<2>(x + k * p.num_rows, x_stride_bytes);
+    load<1>(weight + k, stream_stride * static_cast<int64_t>(sizeof(bf16)));
+    multiply_add<0, 1, 2>();
   }
   if (k < p.in_features) {
     alignas(64) bf16 tail[kStreams][kColumns] = {};
     for (int s = 0; s < num_streams; ++s) {
       std::memcpy(tail[s], weight + s * stream_stride + k, (p.in_features - k) * sizeof(bf16));
     }
-    load_x(x + k * p.num_rows, x_stride_bytes);
-    load_weights(tail[0], sizeof(tail[0]));
-    multiply_add();
+    load<2>(x + k * p.num_rows, x_stride_bytes);
+    load<1>(tail[0], sizeof(tail[0]));
+    multiply_add<0, 1, 2>();
   }
   alignas(64) float sums[kStreams * kMaxStreamRows];
-  store_sums(sums, x_stride_bytes);
+  store<0>(sums, x_stride_bytes);
   for (int s = 0; s < num_streams; ++s) {
     for (int64_t m = 0; m < p.num_rows; ++m) out[m * p.out_row_stride + s * out_step] = sums[s * p.num_rows + m];
   }
@@ -96,7 +73,7 @@ inline void stream_rows(const StreamParams& p, int64_t begin, int64_t end) {
     configure_tiles(num_left, p.num_rows);
     multiply_streams(p, weight + rest * p.weight_row_stride, num_left, p.weight_row_stride, p.out + rest, 1);
   }
-  release_tiles();
+  release();
 }
 
 // Columns [begin, end) of x as [in_features / 2][num_rows][2], zero from in_features to the end of its tile.
