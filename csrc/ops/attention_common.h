@@ -29,12 +29,40 @@ inline void check_cu_seqlens(const char* op, const char* name, const at::Tensor&
                     starts[batch_size]);
 }
 
+// About the time of one work item, in keys times queries.
+inline int64_t item_cost(const cpu::AttentionParams& p, const cpu::AttentionSequence& s, int64_t item) {
+  const int64_t first_query = item % s.num_blocks * cpu::kAttentionQueryBlock;
+  const int64_t last_query = std::min(first_query + cpu::kAttentionQueryBlock, s.num_queries);
+  const int64_t seen = p.causal ? std::max<int64_t>(0, s.num_keys - s.num_queries + last_query) : s.num_keys;
+  const int64_t begin = s.num_splits > 1 ? item / s.num_blocks / p.num_heads * cpu::kAttentionSplitKeys : 0;
+  const int64_t end = s.num_splits > 1 ? std::min(begin + cpu::kAttentionSplitKeys, seen) : seen;
+  constexpr int64_t kFixedCost = 64;
+  return (std::max<int64_t>(0, end - begin) + kFixedCost) * (last_query - first_query);
+}
+
+// Where each of num_tasks tasks begins, and the end: ranges of work items that take about as long. Items differ: the
+// last split of a sequence may hold one key.
+inline std::vector<int64_t> balanced_ranges(const cpu::AttentionParams& p, int64_t num_items, int64_t total_cost,
+                                            int64_t num_tasks) {
+  std::vector<int64_t> begins{0};
+  int64_t cost = 0;
+  const cpu::AttentionSequence* s = p.sequences;
+  for (int64_t item = 0; item < num_items; ++item) {
+    while (item >= s->first_item + p.num_heads * s->num_blocks * s->num_splits) ++s;
+    if (cost * num_tasks >= total_cost * static_cast<int64_t>(begins.size())) begins.push_back(item);
+    cost += item_cost(p, *s, item - s->first_item);
+  }
+  begins.resize(num_tasks + 1, num_items);
+  begins.back() = num_items;
+  return begins;
+}
+
 // Numbers the work items and partial results of `sequences` and runs the kernel; p.sequences and p.partials are set
 // here.
 inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequence>& sequences) {
   int64_t num_items = 0;
   int64_t num_partials = 0;
-  int64_t num_keys = 0;
+  int64_t total_cost = 0;
   for (cpu::AttentionSequence& s : sequences) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const bool may_split = s.num_queries <= cpu::kAttentionMaxSplitQueries;
@@ -44,7 +72,7 @@ inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequ
     s.first_partial = num_partials;
     num_items += p.num_heads * s.num_blocks * s.num_splits;
     if (s.num_splits > 1) num_partials += p.num_heads * s.num_queries * s.num_splits;
-    num_keys += s.num_keys * s.num_blocks;
+    for (int64_t item = 0; item < num_items - s.first_item; ++item) total_cost += item_cost(p, s, item);
   }
   if (num_items == 0) return;
   at::Tensor partials;
@@ -52,10 +80,11 @@ inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequ
   p.sequences = sequences.data();
   p.num_sequences = static_cast<int64_t>(sequences.size());
   p.partials = num_partials > 0 ? partials.mutable_data_ptr<float>() : nullptr;
-  // Items per task: enough keys (about 64K elements of k and v) to pay for waking a thread.
-  const int64_t elements_per_item = 2 * num_keys * p.num_heads * p.head_dim / num_items;
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_per_item));
-  at::parallel_for(0, num_items, grain, [&](int64_t begin, int64_t end) { cpu::attention(p, begin, end); });
+  // A task has enough keys (about 64K elements of k and v) to pay for waking a thread.
+  const int64_t num_tasks =
+      std::clamp<int64_t>(2 * total_cost * p.head_dim / 65536, 1, std::min<int64_t>(at::get_num_threads(), num_items));
+  const std::vector<int64_t> begins = balanced_ranges(p, num_items, total_cost, num_tasks);
+  at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) { cpu::attention(p, begins[begin], begins[end]); });
   if (num_partials > 0) {
     const int64_t num_rows = p.num_sequences * p.num_heads;
     const int64_t row_grain = std::max<int64_t>(1, 65536 * num_rows / (num_partials * p.head_dim));
