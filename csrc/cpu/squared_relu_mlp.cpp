@@ -5,7 +5,8 @@
 //                      the neurons that are nonzero in any row: relu^2 leaves exact zeros, most neurons are not.
 //   squared_relu_down  reads D's rows of the marked neurons only. A thread owns a range of columns of every marked row:
 //                      no sum crosses threads, and the order of a sum is the order of the neurons. kGroup neurons are
-//                      added to each sum between its load and its store, while the next ones are prefetched:
+//                      added to each sum between its load and its store; prefetch runs 2 KB ahead in each row (a
+//                      whole group ahead passes L1: 0.90 in place of 0.92 of the read bandwidth without zeros):
 //
 //                        neuron  3   thread 0 ========| thread 1 ========    one group of
 //                        neuron  8            ========|          ========    kGroup rows
@@ -41,6 +42,7 @@ constexpr int kGroup = 16;
 #else
 constexpr int kGroup = 8;
 #endif
+constexpr int64_t kPrefetchBytes = 2048;  // along each row of a group, then on into the next group
 constexpr float kMaxFp16 = 65504.0f;
 
 Vec squared_relu(Vec x) {
@@ -48,7 +50,7 @@ Vec squared_relu(Vec x) {
   return positive * positive;
 }
 
-// sums[m][c] += sum over R neurons of values[m][r] * rows[r][c], c < n. next: rows to prefetch, or null.
+// sums[m][c] += sum over R neurons of values[m][r] * rows[r][c], c < n. next: rows after these, to prefetch, or null.
 template <typename T, int R>
 void add_neurons(const T* const* rows, const T* const* next, const float* values, int64_t num_rows, int64_t n,
                  float* sums, int64_t sums_stride) {
@@ -65,11 +67,15 @@ void add_neurons(const T* const* rows, const T* const* next, const float* values
       store_some(sum_at, sum);
     }
   };
+  const int64_t ahead = std::min<int64_t>(kPrefetchBytes / sizeof(T), n);
   int64_t c = 0;
   for (; c + kLine <= n; c += kLine) {
     if (next != nullptr) {
+      const bool in_group = c + ahead < n;
+      const T* const* prefetched = in_group ? rows : next;
+      const int64_t at = in_group ? c + ahead : c + ahead - n;
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c, 0, 2);
+      for (int r = 0; r < R; ++r) __builtin_prefetch(prefetched[r] + at);
     }
     for (int64_t u = 0; u < kLine; u += Vec::kWidth) {
       add(c + u, [](const auto* p) { return load(p); }, [](float* p, Vec value) { store(p, value); });
