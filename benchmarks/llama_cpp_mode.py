@@ -67,13 +67,16 @@ class LlamaCppMode(Mode):
     def rewind(self) -> None:
         self._llama.n_tokens = self._context  # `eval` forgets what lies behind
 
-    def next_tokens(self, tokens: Tensor) -> list[int]:
+    def decode(self, tokens: Tensor) -> list[list[int]]:
         import llama_cpp
         import numpy as np
 
-        self._llama.eval(tokens.flatten().tolist())
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._llama.ctx), (self._llama.n_vocab(),))
-        return [int(logits.argmax())]
+        chosen = []
+        for token in tokens.flatten().tolist():
+            self._llama.eval([token])
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._llama.ctx), (self._llama.n_vocab(),))
+            chosen.append([int(logits.argmax())])
+        return chosen
 
     def drop_cache(self) -> None:
         self._llama.close()

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+
 import torch
 from torch import Tensor
 
-from persimmon_fast import PersimmonConfig, PersimmonForCausalLM, ops
-from persimmon_fast.kv_cache import PAGE_SIZE, PagedKVCache
+from persimmon_fast import GenerationConfig, PersimmonConfig, PersimmonForCausalLM
+from persimmon_fast.decode_graph import StepRunner
+from persimmon_fast.decode_step import Choice, Continuation
+from persimmon_fast.kv_cache import PAGE_SIZE, PagedKVCache, pages_of
+from persimmon_fast.token_choice import TokenChoice
 
 
 class UnavailableError(RuntimeError):
@@ -74,10 +81,10 @@ class Mode:
         """Logits [rows, vocab_size] after one more token [rows, 1]."""
         raise NotImplementedError
 
-    def next_tokens(self, tokens: Tensor) -> list[int]:
-        """The most likely token after each of tokens [rows, 1], on the host, as a loop that generates needs it."""
-        ids: list[int] = self.step(tokens).argmax(-1).tolist()
-        return ids
+    def decode(self, tokens: Tensor) -> list[list[int]]:
+        """The most likely token after each of tokens [steps, rows, 1], step by step, on the host: there a loop that
+        generates needs them."""
+        return [self.step(step).argmax(-1).tolist() for step in tokens]
 
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy, never stopping early: [1, seqlen + max_new_tokens]."""
@@ -96,44 +103,29 @@ class OurMode(Mode):
     def __init__(self, name: str, model: PersimmonForCausalLM, zeros: float | None) -> None:
         self.name, self._model, self.zeros = name, model, zeros
         self._cache: PagedKVCache | None = None
-        self._context = 0
+        self._generation: _GenerationStep | None = None
 
     def prefill(self, input_ids: Tensor, max_cache_len: int) -> Tensor:
         model = self._model
-        self._cache = self._new_cache(1, max_cache_len)
+        self._cache = PagedKVCache(model.config, 1, max_cache_len, dtype=model.dtype, device=model.device)
         return model(input_ids, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
 
     def take_over(self, past: Past, other: Mode | None) -> None:
-        self._context = past.context
-        if isinstance(other, OurMode):
-            self._cache = other._cache
-            return
-        cache = self._cache = self._new_cache(past.rows, past.max_cache_len)
-        cache.num_columns = past.context
-        slots = cache.append([past.context] * past.rows)
-        full, rest = divmod(past.context, PAGE_SIZE)
-        for layer, pools in enumerate(zip(cache.k, cache.v, strict=True)):
-            for pool, source in zip(pools, past.layers[layer], strict=True):
-                for pages in slots.page_table.long():
-                    tokens = source[:, : full * PAGE_SIZE].unflatten(1, (full, PAGE_SIZE))
-                    pool[pages[:full]] = tokens.transpose(0, 1)
-                    if rest:
-                        pool[pages[full], :, :rest] = source[:, full * PAGE_SIZE :]
+        generation = other._generation if isinstance(other, OurMode) else None
+        self._generation = generation or _GenerationStep(self._model, past)
+        self._cache = self._generation.runner.cache
 
     def rewind(self) -> None:
-        assert self._cache is not None
-        self._cache.drop_last([length - self._context for length in self._cache.seqlens])
-        self._cache.num_columns = self._context
+        assert self._generation is not None
+        self._generation.rewind()
 
     def step(self, tokens: Tensor) -> Tensor:
         return self._model(tokens, past_key_values=self._cache, logits_to_keep=1).logits[:, -1]
 
-    def next_tokens(self, tokens: Tensor) -> list[int]:
-        """The step of `generate`: the head reduces its logits where it makes them."""
-        assert self._cache is not None
-        hidden = self._model._decode_step(tokens.tolist(), self._cache)
-        ids: list[int] = ops.lm_head_argmax(hidden, self._model.lm_head.weight)[0].tolist()
-        return ids
+    def decode(self, tokens: Tensor) -> list[list[int]]:
+        """The step of `generate`, which as there may be enqueued before the tokens of the one before are read."""
+        assert self._generation is not None
+        return self._generation.decode(tokens)
 
     def generate(self, input_ids: Tensor, max_new_tokens: int) -> Tensor:
         out = self._model.generate(input_ids, max_new_tokens=max_new_tokens, eos_token_id=None)
@@ -141,8 +133,61 @@ class OurMode(Mode):
         return out
 
     def drop_cache(self) -> None:
-        self._cache = None
+        if self._generation is not None:
+            self._generation.close()
+        self._cache = self._generation = None
 
-    def _new_cache(self, rows: int, capacity: int) -> PagedKVCache:
-        model = self._model
-        return PagedKVCache(model.config, rows, capacity, dtype=model.dtype, device=model.device)
+
+class _GenerationStep:
+    """The decode step that `generate` runs, behind a past; on a GPU a CUDA graph."""
+
+    def __init__(self, model: PersimmonForCausalLM, past: Past) -> None:
+        self._model, self._open = model, ExitStack()
+        self._context, self._rows = past.context, past.rows
+        num_pages = past.rows * pages_of(past.max_cache_len)
+        self.runner: StepRunner = self._open.enter_context(
+            model.decode_graphs.runner(model, num_pages, past.max_cache_len, True)
+        )
+        _fill_pages(self.runner.cache, past)
+        greedy = TokenChoice(GenerationConfig(), seed=0)
+        step = self._step = self.runner.step(past.rows, greedy)
+        step.load([Continuation(row, past.context, [], [0]) for row in range(past.rows)], greedy)
+        self._moved = (step.position_ids, step.draw_counters, step.cache_seqlens)  # by a step
+        self._start = [tensor.clone() for tensor in self._moved]
+        self.rewind()
+
+    def rewind(self) -> None:
+        for tensor, start in zip(self._moved, self._start, strict=True):
+            tensor.copy_(start)
+        # pages stay reserved
+        self.runner.cache.seqlens = [self._context] * self._rows
+        self.runner.cache.num_columns = self._context
+
+    def decode(self, tokens: Tensor) -> list[list[int]]:
+        chosen: list[list[int]] = []
+        pending: deque[Callable[[], list[Choice]]] = deque()
+        for step in tokens:
+            self._step.token_ids.copy_(step.squeeze(1))  # the same for everybody, in place of what it chose itself
+            self.runner.launch(self._step)
+            pending.append(self._step.results())
+            if len(pending) > self.runner.num_ahead:
+                chosen.append([token for token, _ in pending.popleft()()])
+        return chosen + [[token for token, _ in wait()] for wait in pending]
+
+    def close(self) -> None:
+        self._open.close()
+        self._model.decode_graphs.free()
+
+
+def _fill_pages(cache: PagedKVCache, past: Past) -> None:
+    cache.reset(past.rows)
+    cache.reserve([past.max_cache_len] * past.rows)
+    full, rest = divmod(past.context, PAGE_SIZE)
+    table = cache.page_table(pages_of(past.max_cache_len)).long()
+    for layer, pools in enumerate(zip(cache.k, cache.v, strict=True)):
+        for pool, source in zip(pools, past.layers[layer], strict=True):
+            for pages in table:
+                tokens = source[:, : full * PAGE_SIZE].unflatten(1, (full, PAGE_SIZE))
+                pool[pages[:full]] = tokens.transpose(0, 1)
+                if rest:
+                    pool[pages[full], :, :rest] = source[:, full * PAGE_SIZE :]
