@@ -7,7 +7,7 @@ import pytest
 import test_qkv_norm_rope
 import test_squared_relu_mlp
 import torch
-from helpers import BACKENDS, DTYPES, backend, randn
+from helpers import BACKENDS, CUDA, DTYPES, EMU, backend, randn
 
 from persimmon_fast import ops
 
@@ -57,6 +57,29 @@ def test_has_the_bits_of_layer_norm_and_the_op(name, dtype, op):
             normalised = ops.layer_norm(x, input_norm["norm_weight"], input_norm["norm_bias"], EPS)
             pairs = zip(op(rows, dtype, device, x, **input_norm), op(rows, dtype, device, normalised), strict=True)
             assert all(torch.equal(actual, expected) for actual, expected in pairs), f"{name} {rows} rows"
+
+
+# A warp per row; blocks of 4 (with lanes that have nothing), 8 and 16 warps; more than two chunks per thread.
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", [EMU, CUDA])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", [13, 520, 1096, 4096, 9001])
+def test_kernels_normalise_with_the_bits_of_layer_norm(name, dtype, hidden):
+    """Rows of W that hold a single 1 show the normalised input itself, as v."""
+    with backend(name) as device:
+        columns = torch.randperm(hidden, generator=torch.Generator().manual_seed(1))[:HEAD_DIM]
+        columns[0] = hidden - 1
+        weight = torch.zeros(3 * HEAD_DIM, hidden, dtype=dtype)
+        weight[2 * HEAD_DIM + torch.arange(len(columns)), columns] = 1
+        input_norm = norm(dtype, device, hidden)
+        for rows in (1, 2, 7):
+            x = (9 + 2 * randn(rows, hidden, dtype=dtype, seed=44)).to(device)
+            rotary = torch.ones(rows, 32, device=device)
+            positions = torch.arange(rows, device=device)
+            rest = (weight.to(device), None, None, None, None, None, rotary, positions, 1e-5, 1)
+            v = ops.qkv_norm_rope(x, *rest, **input_norm)[2]
+            expected = ops.layer_norm(x, input_norm["norm_weight"], input_norm["norm_bias"], EPS)
+            assert torch.equal(v[:, 0, : len(columns)], expected[:, columns.to(device)]), rows
 
 
 @pytest.mark.parametrize("op", [qkv, mlp])

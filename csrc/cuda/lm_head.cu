@@ -17,8 +17,8 @@
 #include "csrc/cuda/lm_head.h"
 
 #include "csrc/cuda/dispatch.h"
-#include "csrc/cuda/gemm.cuh"
 #include "csrc/cuda/lm_head_stats.cuh"
+#include "csrc/cuda/stream.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -92,8 +92,8 @@ cudaError_t launch_typed(const LmHeadParams& p, cudaStream_t stream) {
   const GemmOperands operands{p.x,           p.weight,       p.num_rows,         p.vocab_size,
                               p.hidden_size, p.x_row_stride, p.weight_row_stride};
   const LmHeadEpilogue epilogue{p.tiles, num_vocab_tiles(p.vocab_size), p.logits, p.target_ids, p.target};
-  return launch_gemm<scalar_t, BOrder::kKMajor, kVocabTile>("lm_head", operands, epilogue, p.num_multiprocessors,
-                                                            stream);
+  return launch_product<scalar_t, kVocabTile, kVocabTile>("lm_head", operands, StreamNorm{}, epilogue,
+                                                          p.num_multiprocessors, stream);
 }
 
 __global__ void __launch_bounds__(kMergeThreads, 4) lm_head_merge_kernel(LmHeadMergeParams p) {

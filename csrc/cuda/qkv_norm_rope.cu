@@ -22,8 +22,8 @@
 #include "csrc/cuda/qkv_norm_rope.h"
 
 #include "csrc/cuda/dispatch.h"
-#include "csrc/cuda/gemm.cuh"
 #include "csrc/cuda/norm_rope.cuh"
+#include "csrc/cuda/stream.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -74,9 +74,12 @@ struct QkvEpilogue {
     const int64_t head_idx = part_idx / 3;
     const int part = static_cast<int>(part_idx - head_idx * 3);
     const int half_rotary_dim = static_cast<int>(head.rotary_dim) / 2;
-    // Rows 0, 2, 1, 3: the two rows that a quarter warp reads (8 lanes of 16 bytes) then lie 16 banks apart.
     const int rank = static_cast<int>(threadIdx.x) / Layout::kLanes;
-    const int row_in_pass = (rank & ~3) | (rank & 1) << 1 | (rank >> 1 & 1);
+    int row_in_pass = rank;
+    if constexpr (kRowsPerPass % 4 == 0) {
+      // Rows 0, 2, 1, 3: the two rows that a quarter warp reads (8 lanes of 16 bytes) then lie 16 banks apart.
+      row_in_pass = (rank & ~3) | (rank & 1) << 1 | (rank >> 1 & 1);
+    }
     for (int row0 = 0; row0 < tile.rows; row0 += kRowsPerPass) {
       const int row = row0 + row_in_pass;
       const bool is_active = row < tile.rows;  // the others take part in the shuffles, with zeros
@@ -127,8 +130,8 @@ cudaError_t launch_typed(const QkvNormRopeParams& p, cudaStream_t stream) {
   const bool has_whole_vectors = p.head.rotary_dim / 2 % kPiece == 0;
   const Access access = !has_whole_vectors ? Access::kElements : aligned ? Access::kVectors : Access::kUnaligned;
   const QkvEpilogue<scalar_t, kHeadDim> epilogue{p.head, static_cast<const scalar_t*>(p.bias), p.out, access};
-  return launch_gemm<scalar_t, BOrder::kKMajor, kHeadDim>("qkv_norm_rope", operands, epilogue, p.num_multiprocessors,
-                                                          stream);
+  return launch_product<scalar_t, kHeadDim, kHeadDim>("qkv_norm_rope", operands, p.norm, epilogue,
+                                                      p.num_multiprocessors, stream);
 }
 
 }  // namespace

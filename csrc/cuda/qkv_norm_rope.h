@@ -4,6 +4,7 @@
 #include <driver_types.h>
 
 #include "csrc/common/norm_rope_params.h"
+#include "csrc/cuda/stream_plan.h"
 
 namespace persimmon_fast::cuda {
 
@@ -13,6 +14,7 @@ struct QkvNormRopeParams {
   const void* weight;  // [num_heads * 3 * head_dim, hidden_size], rows weight_row_stride elements apart; per head its
                        // q, k and v rows
   const void* bias;    // [num_heads * 3 * head_dim]; null: none
+  StreamNorm norm;     // of x; none where stream_normalises(num_tokens, hidden_size, .., head_dim) is false
   QkvOutputs out;
   int64_t hidden_size;
   int64_t x_row_stride;

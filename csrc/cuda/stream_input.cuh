@@ -10,13 +10,6 @@
 
 namespace persimmon_fast::cuda {
 
-// LayerNorm of the input, rounded to its dtype: the bits of layer_norm followed by the product. weight null: none.
-struct StreamNorm {
-  const void* weight;  // [k]
-  const void* bias;    // [k]
-  float eps;
-};
-
 // Chunk of a row of `size` elements, from `column` on, with zeros behind the row.
 template <typename scalar_t>
 DEV Chunk<scalar_t> read_chunk(const scalar_t* g_row, int column, int size, bool aligned) {

@@ -1,4 +1,5 @@
-// How a weight-streaming product (stream.cuh) uses a multiprocessor: pure functions, tested without a GPU.
+// How a weight-streaming product (stream.cuh) uses a multiprocessor, for its callers: without CUDA's language, tested
+// without a GPU.
 #pragma once
 
 #include <cstddef>
@@ -44,6 +45,20 @@ constexpr StreamPlan plan_stream(int64_t rows, int64_t k, int64_t element_bytes,
   // Two blocks: one multiplies while the other waits at a barrier, finishes a unit or starts.
   const bool two = 2 * (smem_bytes + kReserved) <= limits.smem_per_multiprocessor;
   return {fits, two ? 2 : 1, smem_bytes};
+}
+
+// LayerNorm of the input, rounded to its dtype: the bits of layer_norm followed by the product.
+struct StreamNorm {
+  const void* weight;  // [k]; null: none
+  const void* bias;    // [k]
+  float eps;
+};
+
+// Whether a product takes a StreamNorm on the current device; if not, its input must be normalised before.
+inline bool stream_normalises(int64_t rows, int64_t k, int64_t element_bytes, int unit) {
+  DeviceLimits limits;
+  if (rows == 0 || rows > kStreamMaxRows || device_limits(limits) != cudaSuccess) return false;
+  return plan_stream(rows, k, element_bytes, unit, limits).x_in_shared;
 }
 
 }  // namespace persimmon_fast::cuda

@@ -9,6 +9,10 @@ def in_stream(what: str, old: str, new: str, file: str = STREAM) -> Mutant:
     return Mutant(what, old, new, file, kernel="linear_residual")
 
 
+def in_norm(what: str, old: str, new: str) -> Mutant:
+    return Mutant(what, old, new, INPUT, tests="test_input_norm.py", kernel="qkv_norm_rope")
+
+
 MUTANTS = [
     in_stream(
         "the wait allows one group too many", "cp_async_wait<kStreamStages - 1>()", "cp_async_wait<kStreamStages>()"
@@ -23,7 +27,14 @@ MUTANTS = [
         "        issue(slot);  //",
         "        issue(slot + 1 == kStreamStages ? 0 : slot + 1);  //",
     ),
-    in_stream("partial sums have one buffer", "      buffer ^= 1;\n", ""),
+    Mutant(  # needs units of several groups
+        "partial sums have one buffer",
+        "      buffer ^= 1;\n",
+        "",
+        STREAM,
+        tests="test_lm_head.py",
+        kernel="lm_head",
+    ),
     in_stream(
         "no barrier between partial sums and their reader",
         "      __syncthreads();\n      if (static_cast<int>(threadIdx.x) < partial_size)",
@@ -64,5 +75,29 @@ MUTANTS = [
         "fits = with_x <= limits.smem_per_block",
         "fits = with_x > 0",
         "csrc/cuda/stream_plan.h",
+    ),
+    in_norm(
+        "norm: no barrier between a row's sums and its mean",
+        "    __syncthreads();\n    for_parts([&](int row, int part) {\n      const float rough_mean = row_sums("
+        "s_sums + row * kMaxNormWarps).x / k;\n      float2 deviation",
+        "    for_parts([&](int row, int part) {\n      const float rough_mean = row_sums("
+        "s_sums + row * kMaxNormWarps).x / k;\n      float2 deviation",
+    ),
+    in_norm(
+        "norm: no barrier between a row's deviations and its variance",
+        "    __syncthreads();\n    for_parts([&](int row, int part) {\n      const float rough_mean = row_sums("
+        "s_sums + row * kMaxNormWarps).x / k;\n      const float2",
+        "    for_parts([&](int row, int part) {\n      const float rough_mean = row_sums("
+        "s_sums + row * kMaxNormWarps).x / k;\n      const float2",
+    ),
+    in_norm(
+        "norm: sums and deviations share memory",
+        "s_deviations = s_sums + rows * kMaxNormWarps",
+        "s_deviations = s_sums",
+    ),
+    in_norm("norm: chunks in another order", "chunk = part * kWarpSize + lane;", "chunk = lane * num_parts + part;"),
+    in_norm("norm: the tail is not zero", "int padding = num_chunks - used_chunks", "int padding = 0"),
+    in_norm(
+        "norm: elements behind the row count", "const float d = to_float", "} {\n            const float d = to_float"
     ),
 ]

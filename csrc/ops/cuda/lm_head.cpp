@@ -21,6 +21,17 @@ void check_vocab_size(const char* op, const at::Tensor& weight, int64_t max_size
                     weight.size(0));
 }
 
+// body(first row, number of rows) for parts of at most max_rows rows, all of about the same size: a part of a large
+// batch never takes the kernel for a few rows, which adds in another order.
+template <typename Body>
+void for_parts(int64_t num_rows, int64_t max_rows, const Body& body) {
+  const int64_t num_parts = (num_rows + max_rows - 1) / max_rows;
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const int64_t row = num_rows * part / num_parts;
+    body(row, num_rows * (part + 1) / num_parts - row);
+  }
+}
+
 // Uninitialised scratch for `count` elements of T.
 template <typename T>
 struct Scratch {
@@ -61,8 +72,8 @@ void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, 
   const int64_t max_rows = std::min(x.size(0), kMaxReducedRows);
   const TileScratch tiles(max_rows * cuda::num_vocab_tiles(weight.size(0)), x);
   const Scratch<float> target(target_ids != nullptr ? max_rows : 0, x);
-  for (int64_t row = 0; row < x.size(0); row += kMaxReducedRows) {
-    const at::Tensor rows = x.narrow(0, row, std::min(kMaxReducedRows, x.size(0) - row));
+  for_parts(x.size(0), kMaxReducedRows, [&](int64_t row, int64_t num_rows) {
+    const at::Tensor rows = x.narrow(0, row, num_rows);
     cuda::LmHeadParams head = head_params(rows, weight, tiles.stats());
     cuda::LmHeadMergeParams merge{};
     merge.tiles = head.tiles;
@@ -78,7 +89,7 @@ void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, 
     }
     check_launch(op, cuda::launch_lm_head(head, current_stream()));
     check_launch(op, cuda::launch_lm_head_merge(merge, current_stream()));
-  }
+  });
 }
 
 std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cuda(const at::Tensor& x, const at::Tensor& weight) {
@@ -119,8 +130,8 @@ std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(const at::Tensor& x, cons
   const Scratch<float> bare_logits(max_rows * num_penalised, x);
   const Scratch<double> candidate_scores(num_candidates, x);
   const Scratch<int32_t> candidate_tokens(num_candidates, x);
-  for (int64_t row = 0; row < x.size(0); row += kMaxSampleRows) {
-    const at::Tensor rows = x.narrow(0, row, std::min(kMaxSampleRows, x.size(0) - row));
+  for_parts(x.size(0), kMaxSampleRows, [&](int64_t row, int64_t num_rows) {
+    const at::Tensor rows = x.narrow(0, row, num_rows);
     cuda::LmHeadParams head = head_params(rows, weight, tiles.stats());
     head.logits = logits.data();
     cuda::SampleParams p{};
@@ -149,7 +160,7 @@ std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(const at::Tensor& x, cons
     p.logprobs = logprobs.mutable_data_ptr<float>() + row;
     check_launch("lm_head_sample", cuda::launch_lm_head(head, current_stream()));
     check_launch("lm_head_sample", cuda::launch_sample(p, current_stream()));
-  }
+  });
   return {token_ids, logprobs};
 }
 

@@ -3,22 +3,25 @@
 
 #include "csrc/cuda/qkv_norm_rope.h"
 #include "csrc/ops/cuda/device.h"
+#include "csrc/ops/cuda/streamed_input.h"
 
 namespace persimmon_fast {
 namespace {
 
 void run_cuda(const char* op, const QkvOutputs& out, const at::Tensor& x, const at::Tensor& weight,
-              const OptionalTensor& bias, const NormRopeArgs& a, int64_t num_heads) {
+              const OptionalTensor& bias, const NormRopeArgs& a, int64_t num_heads, const InputNorm& norm) {
   const int64_t head_dim = weight.size(0) / (3 * num_heads);
   check_head_dim_cuda(op, head_dim);
+  const StreamedInput input = streamed_input(x, norm, head_dim);
   cuda::QkvNormRopeParams p{};
   p.head = norm_rope_params(a, num_heads, head_dim, dtype_tag(x));
-  p.x = x.const_data_ptr();
+  p.x = input.x.const_data_ptr();
+  p.norm = input.norm;
   p.weight = weight.const_data_ptr();
   p.bias = data_or_null(bias);
   p.out = out;
   p.hidden_size = x.size(1);
-  p.x_row_stride = x.stride(0);
+  p.x_row_stride = input.x.stride(0);
   p.weight_row_stride = weight.stride(0);
   p.num_multiprocessors = num_multiprocessors();
   check_launch(op, cuda::launch_qkv_norm_rope(p, current_stream()));
@@ -33,8 +36,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qkv_norm_rope_cuda(
   auto [q, k, v] = qkv_norm_rope_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
                                       num_heads, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  run_cuda("qkv_norm_rope", qkv_outputs(q, k, v), normalised_cuda(x, {norm_weight, norm_bias, norm_eps}), weight, bias,
-           a, num_heads);
+  run_cuda("qkv_norm_rope", qkv_outputs(q, k, v), x, weight, bias, a, num_heads, {norm_weight, norm_bias, norm_eps});
   return {q, k, v};
 }
 
@@ -50,8 +52,8 @@ at::Tensor qkv_norm_rope_paged_cuda(const at::Tensor& x, const at::Tensor& weigh
       qkv_norm_rope_paged_meta(x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps,
                                num_heads, slot_mapping, k_cache, v_cache, norm_weight, norm_bias, norm_eps);
   const NormRopeArgs a{q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps};
-  run_cuda("qkv_norm_rope_paged", qkv_outputs(q, {slot_mapping, k_cache, v_cache}),
-           normalised_cuda(x, {norm_weight, norm_bias, norm_eps}), weight, bias, a, num_heads);
+  run_cuda("qkv_norm_rope_paged", qkv_outputs(q, {slot_mapping, k_cache, v_cache}), x, weight, bias, a, num_heads,
+           {norm_weight, norm_bias, norm_eps});
   return q;
 }
 
