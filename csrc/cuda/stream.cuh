@@ -65,15 +65,15 @@ __global__ void __launch_bounds__(kStreamWarps* kWarpSize, 2) stream_kernel(Stre
   constexpr int kEpilogueThreads = kUnit < kWarpSize ? kWarpSize : kUnit;
   static_assert(kUnit % kStreamGroup == 0 && kEpilogueThreads <= kThreads);
   static_assert(kThreads == kStreamMaxRows * kStreamGroup, "a thread adds the partial sums of one result");
-  using Copies = Chunk<scalar_t>[2][2][kWarpSize];  // of a step and warp: [row half][chunk half][lane]
+  using Copies = uint4[2][2][kWarpSize];  // of a step and warp: [row half][chunk half][lane]
   const StreamInput<scalar_t>& input = p.input;
   const int num_steps = static_cast<int>(stream_steps(input.k, sizeof(scalar_t)));
   SMEM_CARVER(smem);
   auto* s_ring = reinterpret_cast<Copies*>(smem.take<unsigned char>(kStreamRingBytes, 128));
   float* s_partial = smem.take<float>(stream_partial_bytes(input.rows) / sizeof(float), 128);
   float* s_staged = smem.take<float>(stream_staged_bytes(kUnit) / sizeof(float), 128);
-  Chunk<scalar_t>* s_x = nullptr;
-  if (input.in_shared) s_x = smem.take<Chunk<scalar_t>>(input.rows * num_steps * kStepChunks, 128);
+  uint4* s_x = nullptr;
+  if (input.in_shared) s_x = smem.take<uint4>(input.rows * num_steps * kStepChunks, 128);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
   const uint64_t policy = ptx::evict_first_policy();
@@ -83,21 +83,26 @@ __global__ void __launch_bounds__(kStreamWarps* kWarpSize, 2) stream_kernel(Stre
   StreamPlace<kUnit> next{static_cast<int64_t>(blockIdx.x) * kUnit, warp};  // to be copied
   const auto issue = [&](int slot) {
     if (next.row < end_row && warp < num_steps) {
+      const int first_column = (next.step * kStepChunks + lane % 4) * kChunk;
+      // body(its place, row, column) for the 4 chunks of this lane.
+      const auto for_chunks = [&](auto body) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = next.row + half * 8 + lane / 4;
+        for (int half = 0; half < 2; ++half) {
+          const int64_t row = next.row + half * 8 + lane / 4;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int column = (next.step * kStepChunks + j * 4 + lane % 4) * kChunk;
-          Chunk<scalar_t>* s_chunk = &s_slots[slot][half][j][lane];
-          const scalar_t* g_row = p.weight + row * p.weight_row_stride;
-          if (p.weight_aligned) {
-            const bool exists = row < p.n && column < input.k;
-            ptx::cp_async16_once(ptx::smem_u32(s_chunk), g_row + column, exists ? 16 : 0, policy);
-          } else {
-            *s_chunk = read_chunk(g_row, column, row < p.n ? input.k : 0, false);
-          }
+          for (int j = 0; j < 2; ++j) body(&s_slots[slot][half][j][lane], row, first_column + j * 4 * kChunk);
         }
+      };
+      if (p.weight_aligned) {
+        for_chunks([&](uint4* s_chunk, int64_t row, int column) {
+          const bool exists = row < p.n && column < input.k;
+          const scalar_t* g_chunk = p.weight + row * p.weight_row_stride + column;
+          ptx::cp_async16_once(ptx::smem_u32(s_chunk), g_chunk, exists ? 16 : 0, policy);
+        });
+      } else {
+        for_chunks([&](uint4* s_chunk, int64_t row, int column) {
+          *s_chunk = read_chunk(p.weight + row * p.weight_row_stride, column, row < p.n ? input.k : 0, false);
+        });
       }
       next.advance(warp, num_steps);
     }
@@ -126,7 +131,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarpSize, 2) stream_kernel(Stre
       for (int step = warp; step < num_steps; step += kStreamWarps) {
         sums.load(input, s_x, step * kStepChunks);
         ptx::cp_async_wait<kStreamStages - 1>();
-        Chunk<scalar_t> r_weights[2][2];
+        StreamWeights r_weights;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll

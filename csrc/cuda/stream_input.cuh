@@ -10,19 +10,22 @@
 
 namespace persimmon_fast::cuda {
 
-// Chunk of a row of `size` elements, from `column` on, with zeros behind the row.
+// The bits of 16 bytes of a row of `size` elements, from `column` on, with zeros behind the row. As one value: element
+// by element the compiler would take registers apart.
 template <typename scalar_t>
-DEV Chunk<scalar_t> read_chunk(const scalar_t* g_row, int column, int size, bool aligned) {
-  Chunk<scalar_t> chunk = {};
+DEV uint4 read_chunk(const scalar_t* g_row, int column, int size, bool aligned) {
+  uint4 bits = make_uint4(0, 0, 0, 0);
   if (aligned) {
-    if (column < size) chunk = load_chunk<true>(g_row + column, Chunk<scalar_t>::kSize);
+    if (column < size) bits = *reinterpret_cast<const uint4*>(g_row + column);
   } else {
+    Chunk<scalar_t> chunk = {};
 #pragma unroll
     for (int i = 0; i < Chunk<scalar_t>::kSize; ++i) {
       if (column + i < size) chunk.values[i] = g_row[column + i];
     }
+    bits = *reinterpret_cast<const uint4*>(&chunk);
   }
-  return chunk;
+  return bits;
 }
 
 template <typename scalar_t>
@@ -41,13 +44,12 @@ struct StreamInput {
 
   DEV int place(int row, int chunk) const { return ((chunk / 4) * rows + row) * 4 + chunk % 4; }
 
-  DEV Chunk<scalar_t> load(const Chunk<scalar_t>* s_x, int row, int chunk) const {
-    return in_shared ? s_x[place(row, chunk)] : read_chunk(x + row * row_stride, chunk * kChunk, k, aligned);
-  }
+  // From global memory.
+  DEV uint4 read(int row, int chunk) const { return read_chunk(x + row * row_stride, chunk * kChunk, k, aligned); }
 
   // By all threads of the block; a barrier must follow. s_sums: [2, rows, kMaxNormWarps], of which nothing is needed
   // any more when all have returned.
-  DEV void stage(int num_chunks, Chunk<scalar_t>* s_x, float2* s_sums) const {
+  DEV void stage(int num_chunks, uint4* s_x, float2* s_sums) const {
     if (norm.weight != nullptr) {
       stage_normalised(num_chunks, s_x, s_sums);
       return;
@@ -55,15 +57,17 @@ struct StreamInput {
     for (int row = 0; row < rows; ++row) {
 #pragma unroll 2
       for (int chunk = threadIdx.x; chunk < num_chunks; chunk += kThreads) {
-        s_x[place(row, chunk)] = read_chunk(x + row * row_stride, chunk * kChunk, k, aligned);
+        s_x[place(row, chunk)] = read(row, chunk);
       }
     }
   }
 
  private:
+  DEV static Chunk<scalar_t> elements(const uint4& bits) { return *reinterpret_cast<const Chunk<scalar_t>*>(&bits); }
+
   // A warp of this block does the work of warp `part` of the group of threads that layer_norm gives a row
   // (layer_norm_order.cuh), for several parts and rows one after another: two barriers for all rows together.
-  DEV void stage_normalised(int num_chunks, Chunk<scalar_t>* s_x, float2* s_sums) const {
+  DEV void stage_normalised(int num_chunks, uint4* s_x, float2* s_sums) const {
     const int lane = threadIdx.x % kWarpSize;
     const int used_chunks = ceil_div(k, kChunk);
     const LayerNormGroup group = layer_norm_group(used_chunks);
@@ -91,8 +95,9 @@ struct StreamInput {
     for_parts([&](int row, int part) {
       float total = 0.0f;
       for_chunks(part, [&](int chunk, int n) {
-        const Chunk<scalar_t> values = read_chunk(x + row * row_stride, chunk * kChunk, k, aligned);
-        s_x[place(row, chunk)] = values;  // read again by this lane alone
+        const uint4 bits = read(row, chunk);
+        s_x[place(row, chunk)] = bits;  // read again by this lane alone
+        const Chunk<scalar_t> values = elements(bits);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           if (i < n) total += to_float(values.values[i]);
@@ -106,7 +111,7 @@ struct StreamInput {
       const float rough_mean = row_sums(s_sums + row * kMaxNormWarps).x / k;
       float2 deviation = make_float2(0.0f, 0.0f);  // sum, sum of squares
       for_chunks(part, [&](int chunk, int n) {
-        const Chunk<scalar_t> values = s_x[place(row, chunk)];
+        const Chunk<scalar_t> values = elements(s_x[place(row, chunk)]);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           if (i < n) {
@@ -125,9 +130,12 @@ struct StreamInput {
       const float2 deviation = row_sums(s_deviations + row * kMaxNormWarps);
       const LayerNormStats stats = layer_norm_stats(rough_mean, deviation.x, deviation.y, k, norm.eps);
       for_chunks(part, [&](int chunk, int n) {
-        Chunk<scalar_t> values = s_x[place(row, chunk)];
-        const auto weight = read_chunk(static_cast<const scalar_t*>(norm.weight), chunk * kChunk, k, aligned);
-        const auto bias = read_chunk(static_cast<const scalar_t*>(norm.bias), chunk * kChunk, k, aligned);
+        Chunk<scalar_t> values = elements(s_x[place(row, chunk)]);
+        const auto parameters = [&](const void* all) {
+          return elements(read_chunk(static_cast<const scalar_t*>(all), chunk * kChunk, k, aligned));
+        };
+        const Chunk<scalar_t> weight = parameters(norm.weight);
+        const Chunk<scalar_t> bias = parameters(norm.bias);
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {  // beyond k all stay zero
           if (i < n) {
@@ -136,12 +144,12 @@ struct StreamInput {
                        values.values[i]);
           }
         }
-        s_x[place(row, chunk)] = values;
+        s_x[place(row, chunk)] = *reinterpret_cast<const uint4*>(&values);
       });
     });
     const int padding = num_chunks - used_chunks;
     for (int i = threadIdx.x; i < rows * padding; i += kThreads) {
-      s_x[place(i / padding, used_chunks + i % padding)] = Chunk<scalar_t>{};
+      s_x[place(i / padding, used_chunks + i % padding)] = make_uint4(0, 0, 0, 0);
     }
   }
 };
