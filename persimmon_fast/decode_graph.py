@@ -135,6 +135,7 @@ class DecodeGraphs:
         self._failure: str | None = None
         self._warned: set[str] = set()
         self._in_use = threading.Lock()
+        self._last_use: torch.cuda.Event | None = None
 
     def __reduce__(self) -> tuple[object, ...]:
         return DecodeGraphs, ()  # a copy of the model captures its own
@@ -158,6 +159,7 @@ class DecodeGraphs:
                 try:
                     yield GraphRunner(model, self._borrow(model, num_pages), self)
                 finally:
+                    self._give_back()
                     self._in_use.release()
                 return
             self._warn(reason)
@@ -165,17 +167,18 @@ class DecodeGraphs:
         yield StepRunner(model, cache, capacity)
 
     def free(self) -> None:
-        """Gives back the captured steps and the pool of keys and values that they work on: as large as the largest
-        `generate` call needed. The next call captures again."""
-        if self._cache is not None and self._cache.device.type == "cuda":
-            torch.cuda.synchronize(self._cache.device)  # a step that nobody waited for may still run
-        self._steps.clear()
-        self._graphs.clear()
-        self._cache = self._capture = self._failure = None
+        """Gives back the captured steps and the pool of keys and values that they work on, which is as large as the
+        largest `generate` call needed. The next call captures again."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError("decode_graphs.free: a generate call of this model is running")
+        self._drop()
+        self._failure = None
+        self._in_use.release()
 
     def step(self, key: Hashable, make: Callable[[], DecodeStep]) -> DecodeStep:
         if key not in self._steps:
             if len(self._steps) == MAX_GRAPHS:
+                self._synchronize()
                 self._graphs.pop(self._steps.pop(next(iter(self._steps))), None)
             self._steps[key] = make()
         return self._steps[key]
@@ -203,11 +206,32 @@ class DecodeGraphs:
         """The cache, with room for num_pages. Everything captured stays valid or is gone."""
         signature = _signature(model)
         if self._cache is None or signature != self._signature or self._cache.num_pages < num_pages:
-            self.free()
+            self._drop()
+            self._failure = None
             self._capture = self._capture_on(model.device)
             self._cache = PagedKVCache(model.config, 1, 0, num_pages=num_pages, dtype=model.dtype, device=model.device)
             self._signature = signature
+        if self._last_use is not None:  # on another stream, perhaps
+            torch.cuda.current_stream(model.device).wait_event(self._last_use)
         return self._cache
+
+    def _give_back(self) -> None:
+        if self._failure is not None:
+            self._drop()
+        elif self._cache is not None and self._cache.device.type == "cuda":
+            self._last_use = torch.cuda.Event()
+            self._last_use.record(torch.cuda.current_stream(self._cache.device))
+
+    def _drop(self) -> None:
+        self._synchronize()
+        self._steps.clear()
+        self._graphs.clear()
+        self._cache = self._capture = self._last_use = None
+
+    def _synchronize(self) -> None:
+        """A step that nobody waited for may still run on what is freed next."""
+        if self._cache is not None and self._cache.device.type == "cuda":
+            torch.cuda.synchronize(self._cache.device)
 
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:

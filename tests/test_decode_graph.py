@@ -128,6 +128,13 @@ def test_a_rotary_table_that_changes_with_the_length():
         assert_same_bits(generate(model, 3, **settings), host_driven(model, 3, **settings))
 
 
+def test_the_rotary_table_stays_where_it_is():
+    rotary = make_model(max_position_embeddings=8192).model.rotary
+    table = rotary(8000, torch.device("cpu"))
+    assert rotary(10, torch.device("cpu")) is table
+    assert rotary(8192, torch.device("cpu")) is table
+
+
 def test_embeddings_have_no_ids_to_penalise(model):
     ids = prompts(2)["input_ids"]
     settings = {"repetition_penalty": 1.3, "max_new_tokens": 20, "eos_token_id": None}
@@ -326,10 +333,29 @@ def test_a_capture_that_fails_is_reported_once_and_leaves_nothing(model):
     assert len(caught) == 1
     assert_same_bits(generate(model, 3), generate(model, 3, use_cuda_graph=False))
     assert len(num_tried) == 1
-    assert all(graph is None for graph in model.decode_graphs._graphs.values())
+    assert (model.decode_graphs._steps, model.decode_graphs._graphs, model.decode_graphs._cache) == ({}, {}, None)
     model.decode_graphs.free()  # asks for another try
     generate(model, 2)
     assert len(num_tried) == 2
+
+
+def test_free_during_a_generation_is_refused(model, recorder):
+    class Freeing:
+        num_puts = 0
+
+        def put(self, value):
+            self.num_puts += 1
+            if self.num_puts == 3:
+                with pytest.raises(
+                    RuntimeError, match=r"decode_graphs\.free: a generate call of this model is running"
+                ):
+                    model.decode_graphs.free()
+
+        def end(self):
+            pass
+
+    generate(model, 1, streamer=Freeing())
+    model.decode_graphs.free()
 
 
 def test_a_rotary_table_that_changes_is_not_captured():
@@ -415,3 +441,81 @@ def test_an_error_in_the_middle_leaves_the_graphs_usable(model, recorder):
 def test_prompt_lookup_is_not_captured(model, recorder):
     generate(model, 1, prompt_lookup_num_tokens=3)
     assert not recorder.graphs
+
+
+# ---- on a GPU ----
+
+
+@pytest.fixture
+def on_gpu() -> PersimmonForCausalLM:
+    return make_model(**HEAD_DIM_64, max_position_embeddings=2048).bfloat16().to("cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_a_thousand_replays_give_the_bits_of_running_op_by_op(on_gpu, mode):
+    settings = MODES[mode] | {"max_new_tokens": 1002}
+    expected = generate(on_gpu, 3, "cuda", use_cuda_graph=False, **settings)
+    for _ in range(2):  # the second call replays what the first captured
+        assert_same_bits(generate(on_gpu, 3, "cuda", **settings), expected)
+    assert [type(graph) for graph in on_gpu.decode_graphs._graphs.values()] == [torch.cuda.CUDAGraph]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_stop_on_a_gpu(on_gpu, mode):
+    on_gpu.float()  # the rounding of 16 bits may depend on the number of rows
+    settings = MODES[mode] | {"eos_token_id": STOP_IDS}
+    free = generate(on_gpu, 8, "cuda", **MODES[mode])
+    out = generate(on_gpu, 8, "cuda", **settings)
+    assert len(set(out.num_new_tokens)) > 2
+    for row, n in enumerate(out.num_new_tokens):
+        assert torch.equal(out.sequences[row, : 40 + n], free.sequences[row, : 40 + n])
+        assert out.sequences[row, 39 + n] in torch.tensor(STOP_IDS, device="cuda") or n == 40
+
+
+@pytest.mark.cuda
+def test_a_failed_capture_leaves_the_gpu_usable(on_gpu):
+    expected = generate(on_gpu, 2, "cuda", use_cuda_graph=False)
+    stream = torch.cuda.current_stream()
+    on_gpu.decode_graphs = DecodeGraphs(
+        lambda device: lambda run: decode_graph.CudaGraphCapture(device)(lambda: (run(), expected.logprobs.tolist()))
+    )
+    with pytest.warns(UserWarning, match="op by op, not as one CUDA graph: the capture failed"):
+        assert_same_bits(generate(on_gpu, 2, "cuda"), expected)
+    assert torch.cuda.current_stream() == stream
+    on_gpu.decode_graphs = DecodeGraphs()
+    assert_same_bits(generate(on_gpu, 2, "cuda"), expected)
+    assert None not in on_gpu.decode_graphs._graphs.values()
+
+
+@pytest.mark.cuda
+def test_calls_on_other_streams_follow_one_another(on_gpu):
+    expected = generate(on_gpu, 2, "cuda", eos_token_id=STOP_IDS)
+    for _ in range(5):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert_same_bits(generate(on_gpu, 2, "cuda", eos_token_id=STOP_IDS), expected)
+
+
+@pytest.mark.cuda
+def test_torch_generator_is_left_alone(on_gpu):
+    generate(on_gpu, 1, "cuda", do_sample=True, seed=1)
+    torch.manual_seed(5)
+    expected = torch.rand(4, device="cuda")
+    torch.manual_seed(5)
+    generate(on_gpu, 1, "cuda", do_sample=True, seed=1)
+    assert torch.equal(torch.rand(4, device="cuda"), expected)
+
+
+@pytest.mark.cuda
+def test_free_returns_the_memory(on_gpu):
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    generate(on_gpu, 4, "cuda")
+    cache = on_gpu.decode_graphs._cache
+    assert torch.cuda.memory_allocated() - before >= cache.nbytes()
+    nbytes = cache.nbytes()
+    del cache
+    on_gpu.decode_graphs.free()
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < nbytes

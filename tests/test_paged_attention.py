@@ -69,9 +69,9 @@ def test_matches_reference(name, dtype, page_size):
     ("lengths_q", "lengths_k"),
     [
         ([1], [255]),  # one split, room for more
-        ([1], [1100]),  # four splits, the last one short
-        ([3, 1, 0], [1100, 5, 1]),  # empty splits, no queries
-        ([16], [1025]),  # the last split holds one key, which the first queries do not see
+        ([1], [1100]),  # six splits, the last one short
+        ([3, 1, 0], [1100, 5, 1]),  # six splits, one, no queries
+        ([16], [577]),  # the last split holds one key, which the first queries do not see
     ],
 )
 def test_keys_are_split(name, dtype, head_dim, lengths_q, lengths_k):
@@ -123,10 +123,30 @@ def test_page_size_changes_no_bit(name, dtype):
         outs = []
         for page_size in (64, 16, 128):
             q, _, _, *cache = paged_inputs([3, 1], [90, 700], dtype, page_size, num_heads=1, device=device)
-            cache[2] = F.pad(cache[2], (0, 1024 // page_size - cache[2].shape[1]), value=-1)  # one capacity, one split
             outs.append(run(q, *cache, [3, 1]))
     assert torch.equal(outs[0], outs[1])
     assert torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", SANITIZED_DTYPES)
+def test_one_launch_serves_every_length(name, dtype):
+    """As a captured step does: the same arguments each time, a page table wider than needed, and lengths that grow on
+    the device. The bits are those of a table that ends with the sequence."""
+    lengths_k = [1, 1100]
+    with backend(name) as device:
+        q, k, v, *caches, table, seqlens = paged_inputs([1, 1], lengths_k, dtype, num_heads=1, device=device)
+        table = F.pad(table, (0, 32 - table.shape[1]), value=-1)
+        table[0] = table[1]
+        for num_keys in (1, 63, 64, 65, 128, 129, 255, 256, 257, 384, 385, 512, 577, 800, 1099, 1100):
+            seqlens[0] = num_keys
+            out = ops.paged_attention(q, *caches, table, seqlens)
+            num_pages = -(-num_keys // 64)
+            ending = [table[:, :num_pages].contiguous(), seqlens.clamp(max=num_keys)]
+            assert torch.equal(out[0], ops.paged_attention(q, *caches, *ending)[0]), num_keys
+            part = (q[:1], k[1 : 1 + num_keys], v[1 : 1 + num_keys])
+            expected = reference.attention(*(t.double() for t in part), q.shape[-1] ** -0.5, True)[0]
+            assert_within_contract(out[:1], expected, plain_torch(*part, True), f"{name} {num_keys}")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -304,12 +324,12 @@ def test_number_of_splits(tmp_path):
     cases = {  # batch_size, num_heads, capacity, multiprocessors: splits
         (1, 64, 16384, 132): 6,  # 3 blocks on each of 132 multiprocessors, 64 heads
         (1, 64, 16384, 108): 5,
-        (1, 64, 1024, 132): 4,  # at least 256 keys each
-        (1, 64, 511, 132): 1,
-        (1, 64, 512, 132): 2,
+        (1, 64, 640, 132): 5,  # at least 128 keys each
+        (1, 64, 255, 132): 1,
+        (1, 64, 256, 132): 2,
         (16, 64, 16384, 132): 1,  # the batch fills the GPU
         (1, 1, 1 << 20, 132): 396,
-        (0, 64, 16384, 132): 64,
+        (0, 64, 16384, 132): 128,
         (1, 64, 0, 132): 1,
         (1 << 20, 64, 1 << 20, 132): 1,
     }

@@ -37,7 +37,7 @@ struct AttentionParams {
   bool causal;          // bottom-right aligned: the last query sees every key
   bool aligned;         // q, k, v: every row 16-byte aligned. Set by the launchers
   DType dtype;          // of q, k, v, out
-  int32_t num_splits;   // paged_attention: ranges that the keys of a sequence are cut into
+  int32_t num_splits;   // paged_attention: ranges that the keys of a sequence are cut into, at most
   float* partial_out;   // [batch_size, max_seqlen_q, num_heads, num_splits, head_dim]; null with one split
   float* partial_stat;  // [batch_size, max_seqlen_q, num_heads, num_splits, 2]: score maximum, denominator
 };

@@ -5,20 +5,20 @@
 //           the slice by cp.async into a ring of its own (3 stages), multiplies it by the m16 tile of queries
 //           (mma.sync, rows beyond the queries are zeros) and waits for no other warp. At the end the warps are added
 //           up in shared memory
-// Splits    paged_attention_splits.h: as many as fill the GPU once, from sizes that the host knows. The range of a
-//           split follows from the length on the device, so all splits of a sequence are equally long but the last;
-//           empty ones leave
+// Splits    paged_attention_splits.h: as many as fill the GPU once are launched; number and range of those of a
+// sequence
+//           follow from its length on the device. All are equally long but the last; the others leave
 // Combine   a second kernel, none for a single split. The last block to arrive could do it, but needs counters that
 //           start at zero: a memset, which is a launch too, or state that two streams would share
 // Traffic   keys and values once: 4 head_dim bytes per key and head. Partial results: 4 (head_dim + 2) bytes per
 //           query, head and split, written and read; 0.08 % for one query, 16,384 keys, 6 splits, head_dim 64
 // Bound     memory: 1 to 16 queries are 1 to 16 flops per byte. In flight per block: 32 KiB at head_dim 64, 64 KiB at
 //           128
-// Resources ptxas -v (sm_80; sm_90a), registers: 125; 124 at head_dim 64, 158; 161 at 128, combination 32. No spills
+// Resources ptxas -v (sm_80; sm_90a), registers: 125; 124 at head_dim 64, 158; 168 at 128, combination 32. No spills
 //           and no stack on 8.0, 8.6, 8.9, 9.0a. Shared 48 KiB and 96 KiB. Blocks per multiprocessor at head_dim 64
 //           and 128: 3 and 1 on 8.0, 4 and 2 on 9.0, 2 and 1 on 8.6 and 8.9
 // Numerics  as flash_attention.cu, but with the true maximum; splits and warps are added in their order: the same bits
-//           on every run. They change with the number of splits, so with batch_size, max_pages and the GPU
+//           on every run. They change with the number of splits, so with batch_size and the GPU, not with max_pages
 // Requires  fp16 or bf16, head_dim 64 or 128; k_cache and v_cache of one shape, contiguous. Pages of a multiple of 16
 //           keys are looked up once per slice, ahead of the load, others once per key
 // Measured  not run on a GPU yet
@@ -57,9 +57,15 @@ template <int kHeadDim>
 constexpr bool kMergeFits = kQueries * (kMergeStride<kHeadDim> + 2) * 4 <= kStages * kSliceElements<kHeadDim> * 2;
 static_assert(kMergeFits<64> && kMergeFits<128>);
 
-DEV int keys_per_split(int num_keys, int num_splits) {
-  return ceil_div(ceil_div(num_keys, num_splits), kRoundKeys) * kRoundKeys;
-}
+// How the keys of one sequence are cut.
+struct Splits {
+  int num;     // with rounding the last of them may be empty
+  int length;  // keys of each but the last
+
+  DEV Splits(const AttentionParams& p, int num_keys) : num(paged_attention_splits_of(num_keys, p.num_splits)) {
+    length = ceil_div(ceil_div(num_keys, num), kRoundKeys) * kRoundKeys;
+  }
+};
 
 DEV int64_t partial_idx(const AttentionParams& p, int sequence_idx, int query_idx, int head_idx, int split_idx) {
   return ((sequence_idx * p.max_seqlen_q + query_idx) * p.num_heads + head_idx) * p.num_splits + split_idx;
@@ -228,7 +234,7 @@ struct RowWriter {
   DEV RowWriter(const AttentionParams& params, const Sequence& s, int sequence_idx, int query_idx, int head_idx,
                 int split_idx)
       : p(params) {
-    const bool partial = p.num_splits > 1;
+    const bool partial = Splits(p, s.num_keys).num > 1;
     const int64_t idx = partial_idx(p, sequence_idx, query_idx, head_idx, split_idx);
     g_out = partial ? nullptr : out_row<scalar_t, kHeadDim>(p, s, head_idx, query_idx);
     g_partial = partial ? p.partial_out + idx * kHeadDim : nullptr;
@@ -285,10 +291,10 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionPara
   const int sequence_idx = pair_idx / p.num_heads;
   Sequence s = load_sequence(p, sequence_idx);
   s.num_queries = min(s.num_queries, static_cast<int>(p.max_seqlen_q));  // the tile and the partials hold no more
-  const int length = keys_per_split(s.num_keys, p.num_splits);
-  const int begin = split_idx * length;
+  const Splits splits(p, s.num_keys);
+  const int begin = split_idx * splits.length;
   if (s.num_queries <= 0 || (begin >= s.num_keys && split_idx > 0)) return;  // the combination leaves such splits out
-  const int end = min(begin + length, s.num_keys);
+  const int end = min(begin + splits.length, s.num_keys);
   const int lane = threadIdx.x % kWarpSize;
   const int warp = threadIdx.x / kWarpSize;
 
@@ -361,8 +367,9 @@ __global__ void __launch_bounds__(kThreads) paged_attention_combine_kernel(Atten
   const int query_idx = static_cast<int>(row_idx / p.num_heads % p.max_seqlen_q);
   const int sequence_idx = static_cast<int>(row_idx / p.num_heads / p.max_seqlen_q);
   const Sequence s = load_sequence(p, sequence_idx);
-  if (query_idx >= s.num_queries) return;
-  const int num_splits = s.num_keys > 0 ? ceil_div(s.num_keys, keys_per_split(s.num_keys, p.num_splits)) : 0;
+  const Splits splits(p, s.num_keys);
+  if (query_idx >= s.num_queries || splits.num == 1) return;  // the only split has written the result
+  const int num_splits = ceil_div(s.num_keys, splits.length);
   const float scale_log2 = positive_scale_log2(p);
   const int64_t first = row_idx * p.num_splits;  // partial_idx of split 0
   const float2* g_stat = reinterpret_cast<const float2*>(p.partial_stat) + first;
