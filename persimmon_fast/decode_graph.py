@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from persimmon_fast.generation import GenerationMixin
 
 MAX_GRAPHS = 16  # per model; the one that was captured first makes room
+# A pool that moves is captured again, so it is larger than asked for by up to 512 tokens: a chat, whose prompt grows
+# from call to call, then captures once per so many.
+PAGES_ROUNDED_TO = 8
 
 
 class Replayable(Protocol):
@@ -209,7 +212,8 @@ class DecodeGraphs:
             self._drop()
             self._failure = None
             self._capture = self._capture_on(model.device)
-            self._cache = PagedKVCache(model.config, 1, 0, num_pages=num_pages, dtype=model.dtype, device=model.device)
+            rounded = -(-num_pages // PAGES_ROUNDED_TO) * PAGES_ROUNDED_TO
+            self._cache = PagedKVCache(model.config, 1, 0, num_pages=rounded, dtype=model.dtype, device=model.device)
             self._signature = signature
         if self._last_use is not None:  # on another stream, perhaps
             torch.cuda.current_stream(model.device).wait_event(self._last_use)

@@ -215,11 +215,16 @@ def test_a_batch_size_is_captured_once(model, recorder):
     assert len(recorder.graphs) == 3
 
 
-def test_a_larger_pool_is_captured_again(model, recorder):
+def test_a_larger_pool_is_captured_again():
+    model, recorder = make_model(max_position_embeddings=1024), Recorder()
+    model.decode_graphs = DecodeGraphs(recorder)
     generate(model, 1, max_new_tokens=10)
     cache = model.decode_graphs._cache
-    expected = generate(model, 1, max_new_tokens=150, use_cuda_graph=False)
-    assert_same_bits(generate(model, 1, max_new_tokens=150), expected)
+    generate(model, 1, max_new_tokens=150)  # a little longer, as the next turn of a chat
+    assert model.decode_graphs._cache is cache
+    assert len(recorder.graphs) == 1
+    expected = generate(model, 1, max_new_tokens=600, use_cuda_graph=False)
+    assert_same_bits(generate(model, 1, max_new_tokens=600), expected)
     assert model.decode_graphs._cache is not cache
     assert len(recorder.graphs) == 2
     generate(model, 1, max_new_tokens=10)
@@ -259,7 +264,7 @@ def test_free_gives_everything_back(model, recorder):
 
 def test_the_oldest_graphs_make_room(model, recorder, monkeypatch):
     monkeypatch.setattr(decode_graph, "MAX_GRAPHS", 2)
-    for batch_size in (1, 2, 3, 3, 1):
+    for batch_size in (3, 2, 1, 1, 3):  # the largest first: a pool that grows drops the graphs
         assert_same_bits(generate(model, batch_size), generate(model, batch_size, use_cuda_graph=False))
         assert len(model.decode_graphs._steps) == len(model.decode_graphs._graphs) <= 2
     assert len(recorder.graphs) == 4
