@@ -1,7 +1,7 @@
 """The decode step as a CUDA graph: captured once per batch size, replayed per token. docs/decode_graph.md
 
-A step of Persimmon-8B is some 300 launches, which cost the host more time than the GPU needs for a small batch. A
-replay costs one. A graph holds addresses, so the tensors of a step, the pool of keys and values and the captured steps
+A step of Persimmon-8B is hundreds of launches, which the host may need longer to make than the GPU to run. A replay is
+one. A graph holds addresses, so the tensors of a step, the pool of keys and values and the captured steps
 outlive the `generate` call: `DecodeGraphs` owns them, one per model. Where a step cannot be captured it runs op by op.
 """
 
