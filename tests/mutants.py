@@ -27,6 +27,7 @@ FAMILIES = [
     "qk_norm_rope",
     "qkv_norm_rope",
     "squared_relu_mlp",
+    "squared_relu_down",
     "flash_attention",
     "paged_attention",
 ]

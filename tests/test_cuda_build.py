@@ -21,7 +21,9 @@ ARCHITECTURES = "8.0;8.6;8.9;9.0a+PTX"
 KNOWN = {"80", "86", "89", "90"}
 # Kernels on the tensor cores in 16-bit types, as their mangled names have them; qkv_norm_rope, squared_relu_mlp,
 # linear_residual and lm_head are epilogues of gemm_kernel and stream_kernel.
-TENSOR_CORE_KERNELS = ("gemm_kernelI", "stream_kernelI", "flash_attention_kernelI", "paged_attention_kernelI")
+TENSOR_CORE_KERNELS = (
+    "gemm_kernelI", "stream_kernelI", "squared_relu_down_kernelI", "flash_attention_kernelI", "paged_attention_kernelI",
+)  # fmt: skip
 
 
 def cmake_build(folder: Path, target: str, torch_directory: Path, mode: str) -> str:

@@ -55,6 +55,12 @@ def plain(x, up_weight, up_bias, down_weight, down_bias, residual):
     return out if residual is None else residual + out
 
 
+def skips_by_list(name, rows, neuron_major):
+    """Whether the CUDA kernel for few rows runs: its sums follow the list of neurons that are active in any row, so a
+    row's bits depend on the other rows."""
+    return name in ("emu", "cuda") and rows <= 16 and neuron_major
+
+
 def check(name, args, what):
     """On the device of the arguments, inside `with backend(name)`."""
     out = run(*args)
@@ -161,23 +167,23 @@ def with_zeros(args, share: float):
     return (*args[:2], torch.where(off, -1000.0, args[2].float() + 1000 * (share == 0)).to(args[2].dtype), *args[3:])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("rows", [1, 4])
-def test_inactive_neurons_are_not_read(isa, dtype, share, rows):
-    args = with_zeros(inputs(rows, 150, 300, dtype), share)
-    if dtype == torch.float16 and share == 0.0:  # plain torch overflows: a yardstick with finite squares
-        args = (*args[:2], args[2] * 0.1, *args[3:])
-    inactive = ~(F.linear(args[0].float(), args[1].float(), args[2].float()) > 0).any(0)
-    assert int(inactive.sum()) >= share * 200
-    with cpu_isa(isa):
-        clean = check(isa, args, f"{share} zeros")
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_inactive_neurons_are_not_read(name, dtype, share, rows):
+    with backend(name) as device:
+        args = with_zeros(inputs(rows, 150, 300, dtype, device=device), share)
+        if dtype == torch.float16 and share == 0.0:  # plain torch overflows: a yardstick with finite squares
+            args = (*args[:2], args[2] * 0.1, *args[3:])
+        inactive = ~(F.linear(args[0].float(), args[1].float(), args[2].float()) > 0).any(0)
+        assert int(inactive.sum()) >= share * 200
+        clean = check(name, args, f"{share} zeros")
         poisoned = args[3].clone()  # keeps the strides
         poisoned[:, inactive] = float("nan")
         assert torch.equal(run(*args[:3], poisoned, *args[4:]), clean)
-    if share == 1.0:
-        assert torch.equal(clean, (args[4].float() + args[5].float()).to(dtype))
+        if share == 1.0:
+            assert torch.equal(clean, (args[4].float() + args[5].float()).to(dtype))
 
 
 @pytest.mark.sanitize
@@ -188,7 +194,7 @@ def test_inactive_neurons_are_not_read(isa, dtype, share, rows):
 def test_nan_and_inf_reach_the_output(name, neuron_major, rows, dtype):
     with backend(name) as device:
         args = inputs(rows, 70, 90, dtype, neuron_major, device)
-        clean = run(*args)
+        clean, exact, yardstick = run(*args), expected(args), plain(*args)
         x, up_weight, up_bias, down_weight, down_bias, residual = args
         x[0, 69], x[1, 3] = float("nan"), float("inf")
         weight = up_weight.clone()
@@ -197,7 +203,11 @@ def test_nan_and_inf_reach_the_output(name, neuron_major, rows, dtype):
         assert out[0].isnan().all()
         assert not out[1].isfinite().any()
         assert out[2:].isfinite().all()
-        assert torch.equal(run(*args)[2:], clean[2:])
+        others = run(*args)[2:]
+        if skips_by_list(name, rows, neuron_major):
+            assert_within_contract(others, exact[2:], yardstick[2:], f"{name} other rows")
+        else:
+            assert torch.equal(others, clean[2:])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -276,8 +286,12 @@ def test_a_row_has_the_same_bits_in_every_batch_and_run(name, dtype, neuron_majo
 
         singles = torch.cat([part(i, i + 1) for i in range(16)])
         for rows in (2, 3, 8, 16):
-            assert torch.equal(part(0, rows), singles[:rows]), rows
-            assert torch.equal(part(0, rows), part(0, rows)), rows
+            batch = part(0, rows)
+            assert torch.equal(batch, part(0, rows)), rows
+            if skips_by_list(name, rows, neuron_major):
+                check(name, (args[0][:rows], *args[1:5], args[5][:rows]), f"{rows} rows")
+            else:
+                assert torch.equal(batch, singles[:rows]), rows
 
 
 @pytest.mark.parametrize("name", [EMU])
@@ -287,8 +301,9 @@ def test_the_tile_changes_no_bit(name, dtype, neuron_major):
     with backend(name) as device:
         args = inputs(129, 328, 328, dtype, neuron_major, device)
         large = run(*args)
-        for row in (0, 100, 128):
-            assert torch.equal(large[row : row + 1], run(args[0][row : row + 1], *args[1:5], args[5][row : row + 1]))
+        rows = 17 if neuron_major else 1  # with fewer the zeros are skipped, in another order
+        for part in (slice(0, rows), slice(100, 100 + rows), slice(129 - rows, 129)):
+            assert torch.equal(large[part], run(args[0][part], *args[1:5], args[5][part]))
 
 
 @pytest.mark.parametrize("name", [CUDA])

@@ -21,16 +21,15 @@
 // Source    So et al. 2021, Primer, arXiv:2109.08668 (squared ReLU); kernel written for this project
 #include "csrc/cuda/squared_relu_mlp.h"
 
+#include <algorithm>
 #include <type_traits>
 
-#include "csrc/cuda/gemm.cuh"
+#include "csrc/cuda/squared_relu.cuh"
+#include "csrc/cuda/squared_relu_down.h"
+#include "csrc/cuda/stream.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
-
-// e + 22 for the row whose largest value has these fp16 bits: its exponent field, within what e may be. Of an inf or
-// NaN that of the largest finite value: the others in its row stay finite.
-DEV int exponent_field(uint32_t row_max_bits) { return min(max(static_cast<int>(row_max_bits >> 10), 7), 30); }
 
 // out = relu(product + bias), in fp32 its square; fp16: also the maximum of each row.
 template <typename scalar_t>
@@ -69,6 +68,62 @@ struct ReluEpilogue {
   }
 };
 
+// The same for up to kMaxSkipRows rows, in the layout of DownScratch: rows of a neuron together, and which neurons are
+// active. A lane has one column of all rows, so that a warp's vote is a mask.
+template <typename scalar_t>
+struct ActiveEpilogue {
+  const scalar_t* bias;
+  DownScratch scratch;
+  int num_groups;
+  int num_slices;  // of the second product
+
+  template <typename Tile>
+  DEV void operator()(const Tile& tile) const {
+    constexpr int kChunk = Chunk<scalar_t>::kSize;
+    constexpr bool kIsHalf = std::is_same_v<scalar_t, __half>;
+    static_assert(Tile::kCols % kNeuronsPerMask == 0);
+    if (tile.col0 == 0) {  // one block, and the next kernel on the stream needs them
+      for (int i = threadIdx.x; i < num_slices; i += Tile::kThreads) scratch.arrived[i] = 0;
+    }
+    const int lane = threadIdx.x % kWarpSize;
+    for (int first = threadIdx.x / kWarpSize * kWarpSize; first < Tile::kCols; first += Tile::kThreads) {
+      if (first >= tile.cols) break;
+      const int col = first + lane;
+      const int64_t neuron = tile.col0 + col;
+      const int64_t mask_idx = (tile.col0 + first) / kNeuronsPerMask;
+      const bool exists = col < tile.cols;
+      const float b = exists && bias != nullptr ? to_float(bias[neuron]) : 0.0f;
+      bool is_active = false;
+      for (int group = 0; group < num_groups; ++group) {
+        Chunk<scalar_t> chunk;
+        uint32_t largest = 0;  // of row `lane` of the group
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          const int row = group * kChunk + i;
+          const float z = exists && row < tile.rows ? tile.at(row, col) + b : 0.0f;
+          const float relu = z <= 0.0f ? 0.0f : z;  // NaN stays
+          from_float(kIsHalf ? relu : relu * relu, chunk.values[i]);
+          is_active |= to_float(chunk.values[i]) != 0.0f;  // NaN too
+          if constexpr (kIsHalf) {
+            const uint32_t bits = static_cast<uint32_t>(__half_as_ushort(chunk.values[i]) & 0x7fff);
+            const uint32_t most = __reduce_max_sync(kFullMask, bits);
+            if (lane == i) largest = most;
+          }
+        }
+        if (exists) {
+          store_chunk<true>(static_cast<scalar_t*>(scratch.hidden) + (neuron * num_groups + group) * kChunk, chunk,
+                            kChunk);
+        }
+        if (kIsHalf && lane < kChunk) {
+          scratch.largest[(mask_idx * num_groups + group) * kChunk + lane] = static_cast<uint16_t>(largest);
+        }
+      }
+      const uint32_t mask = __ballot_sync(kFullMask, is_active);
+      if (lane == 0) scratch.active[mask_idx] = mask;
+    }
+  }
+};
+
 // A transform (gemm_common.cuh): squares, in fp16 after a division by 2^e of the row.
 template <typename scalar_t>
 struct Square;
@@ -90,38 +145,59 @@ template <>
 struct Square<__half> {
   const uint32_t* row_max;
 
-  // 2^-e as two fp16 numbers: their exponent field is 15 - e.
-  DEV uint32_t factor(int64_t row) const {
-    return static_cast<uint32_t>(15 + 22 - exponent_field(row_max[row])) * 0x04000400u;
-  }
+  DEV uint32_t factor(int64_t row) const { return square_factor(row_max[row]); }
   DEV void apply(uint32_t (&a)[4], uint32_t low, uint32_t high) const {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __half2 values = *reinterpret_cast<const __half2*>(&a[i]);
-      const __half2 scaled = __hmul2(values, *reinterpret_cast<const __half2*>(i % 2 == 0 ? &low : &high));
-      const __half2 squares = __hmul2(scaled, scaled);
-      a[i] = *reinterpret_cast<const uint32_t*>(&squares);
-    }
+    for (int i = 0; i < 4; ++i) a[i] = scaled_squares(a[i], i % 2 == 0 ? low : high);
   }
 };
 
 // 2^2e of the row.
 struct RowUnscale {
   const uint32_t* row_max;
-  DEV float operator()(int64_t row) const { return ldexpf(1.0f, 2 * (exponent_field(row_max[row]) - 22)); }
+  DEV float operator()(int64_t row) const { return square_unscale(row_max[row]); }
 };
+
+GemmOperands up_operands(const SquaredReluMlpParams& p) {
+  return {p.x, p.up_weight, p.num_rows, p.intermediate_size, p.hidden_size, p.x_row_stride, p.up_row_stride};
+}
+
+// Reads the rows of D of active neurons only.
+template <typename scalar_t>
+cudaError_t launch_skipping(const SquaredReluMlpParams& p, cudaStream_t stream) {
+  SquaredReluDownParams down{};
+  down.shape = down_shape(p.dtype, p.num_rows, p.hidden_size, p.num_multiprocessors);
+  cut_down_scratch(static_cast<char*>(p.skip_scratch), down.shape, p.dtype, p.num_rows, p.intermediate_size,
+                   down.scratch);
+  down.weight = p.down_weight;
+  down.bias = p.down_bias;
+  down.residual = p.residual;
+  down.out = p.out;
+  down.residual_row_stride = p.residual_row_stride;
+  down.num_rows = static_cast<int>(p.num_rows);
+  down.hidden_size = static_cast<int>(p.hidden_size);
+  down.intermediate_size = static_cast<int>(p.intermediate_size);
+  down.weight_row_bytes = static_cast<int>(p.down_row_stride * dtype_bytes(p.dtype));
+  down.dtype = p.dtype;
+  const ActiveEpilogue<scalar_t> epilogue{static_cast<const scalar_t*>(p.up_bias), down.scratch,
+                                          static_cast<int>(down.shape.num_groups),
+                                          static_cast<int>(down.shape.num_slices)};
+  // Units of one mask: enough of them for every multiprocessor. At 16,384 neurons 512.
+  static_assert(kUpUnit == kNeuronsPerMask);
+  const cudaError_t error = launch_stream<scalar_t, kUpUnit>("squared_relu_mlp up", up_operands(p), p.norm, epilogue,
+                                                             p.num_multiprocessors, stream);
+  return error != cudaSuccess ? error : launch_squared_relu_down(down, stream);
+}
 
 template <typename scalar_t>
 cudaError_t launch_up(const SquaredReluMlpParams& p, cudaStream_t stream) {
-  const GemmOperands operands{p.x,           p.up_weight,    p.num_rows,     p.intermediate_size,
-                              p.hidden_size, p.x_row_stride, p.up_row_stride};
   ReluEpilogue<scalar_t> epilogue{};
   epilogue.bias = static_cast<const scalar_t*>(p.up_bias);
   epilogue.out = static_cast<scalar_t*>(p.hidden);
   epilogue.row_max = p.row_max;
   epilogue.out_row_stride = p.intermediate_size;
   epilogue.vectorised = is_aligned(p.up_bias) && pieces_aligned(epilogue.out, p.intermediate_size);
-  return launch_gemm<scalar_t, BOrder::kKMajor>("squared_relu_mlp up", operands, epilogue, p.num_multiprocessors,
+  return launch_gemm<scalar_t, BOrder::kKMajor>("squared_relu_mlp up", up_operands(p), epilogue, p.num_multiprocessors,
                                                 stream);
 }
 
@@ -139,6 +215,7 @@ cudaError_t launch_down(const SquaredReluMlpParams& p, cudaStream_t stream, cons
 template <typename scalar_t, typename RowScale, typename Transform>
 cudaError_t launch_both(const SquaredReluMlpParams& p, cudaStream_t stream, const RowScale& scale,
                         const Transform& transform) {
+  if (p.skip_scratch != nullptr) return launch_skipping<scalar_t>(p, stream);
   const cudaError_t error = launch_up<scalar_t>(p, stream);
   if (error != cudaSuccess) return error;
   return p.down_is_neuron_major ? launch_down<scalar_t, BOrder::kNMajor>(p, stream, scale, transform)
@@ -146,6 +223,14 @@ cudaError_t launch_both(const SquaredReluMlpParams& p, cudaStream_t stream, cons
 }
 
 }  // namespace
+
+int64_t skip_scratch_bytes(const SquaredReluMlpParams& p) {
+  if (!p.down_is_neuron_major || p.num_rows > kMaxSkipRows) return 0;
+  if (std::max({p.hidden_size, p.intermediate_size, p.down_row_stride * dtype_bytes(p.dtype)}) > kMaxDownSize) return 0;
+  DownScratch scratch;
+  return cut_down_scratch(nullptr, down_shape(p.dtype, p.num_rows, p.hidden_size, p.num_multiprocessors), p.dtype,
+                          p.num_rows, p.intermediate_size, scratch);
+}
 
 cudaError_t launch_squared_relu_mlp(const SquaredReluMlpParams& params, cudaStream_t stream) {
   switch (params.dtype) {
