@@ -44,14 +44,22 @@ __global__ void ldmatrix_kernel(Pointers args) {
 
 // 0: 33 chunks of 16 bytes, of which lane l copies chunk l twice: first l % 17 bytes of it, then, in a group of its
 // own, all; 1, 2: what arrived.
+template <bool kOnce>
 __global__ void cp_async_kernel(Pointers args) {
   STATIC_SMEM(uint4, s_first, 32);
   STATIC_SMEM(uint4, s_second, 32);
   const int lane = threadIdx.x;
   const uint4* g_chunk = static_cast<uint4*>(args.p[0]) + lane;
-  ptx::cp_async16(ptx::smem_u32(s_first + lane), g_chunk, lane % 17);
+  const auto copy = [&](uint4* s_chunk, int valid_bytes) {
+    if constexpr (kOnce) {
+      ptx::cp_async16_once(ptx::smem_u32(s_chunk), g_chunk, valid_bytes, ptx::evict_first_policy());
+    } else {
+      ptx::cp_async16(ptx::smem_u32(s_chunk), g_chunk, valid_bytes);
+    }
+  };
+  copy(s_first + lane, lane % 17);
   ptx::cp_async_commit();
-  ptx::cp_async16(ptx::smem_u32(s_second + lane), g_chunk);
+  copy(s_second + lane, 16);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   static_cast<uint4*>(args.p[1])[lane] = s_first[lane];
@@ -76,7 +84,8 @@ const Case kCases[] = {
     {"ldmatrix_x4", ldmatrix_kernel<4, false>},
     {"ldmatrix_x2_trans", ldmatrix_kernel<2, true>},
     {"ldmatrix_x4_trans", ldmatrix_kernel<4, true>},
-    {"cp_async", cp_async_kernel},
+    {"cp_async", cp_async_kernel<false>},
+    {"cp_async_once", cp_async_kernel<true>},
     {"exp2", exp2_kernel},
 };
 

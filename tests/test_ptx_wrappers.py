@@ -95,10 +95,11 @@ def test_ldmatrix(wrappers, num_matrices, trans):
     np.testing.assert_array_equal(registers, expected)
 
 
-def test_cp_async(wrappers):
+@pytest.mark.parametrize("name", ["cp_async", "cp_async_once"])
+def test_cp_async(wrappers, name):
     source = np.random.default_rng(1).integers(1, 256, (33, 16)).astype(np.uint8)
     first, second = np.full((32, 16), 7, np.uint8), np.full((32, 16), 7, np.uint8)
-    wrappers.run("cp_async", source, first, second)
+    wrappers.run(name, source, first, second)
     valid = np.arange(16)[None, :] < (np.arange(32) % 17)[:, None]
     np.testing.assert_array_equal(first, np.where(valid, source[:32], 0))
     np.testing.assert_array_equal(second, source[:32])

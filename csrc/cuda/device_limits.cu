@@ -42,7 +42,11 @@ cudaError_t device_limits(DeviceLimits& limits) {
     const cudaError_t error = cudaDeviceGetAttribute(question.value, question.attribute, device);
     if (error != cudaSuccess) return error;
   }
-  limits = {static_cast<size_t>(per_block), static_cast<size_t>(per_multiprocessor), major >= 9};
+  int driver = 0;
+  if (const cudaError_t error = cudaDriverGetVersion(&driver); error != cudaSuccess) return error;
+  constexpr int kFirstThatCaptures = 12030;  // dependent launches into a graph
+  limits = {static_cast<size_t>(per_block), static_cast<size_t>(per_multiprocessor),
+            major >= 9 && driver >= kFirstThatCaptures};
   if (has_place) {  // threads that ask at the same time write the same
     known[device] = limits;
     is_known[device].store(true, std::memory_order_release);

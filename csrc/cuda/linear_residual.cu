@@ -1,11 +1,12 @@
 // linear_residual: out[m, n] = (sum_k x[m, k] * weight[n, k] + bias[n]) + residual[m, n]
 //
-// Tile      gemm.cuh; the epilogue reads the residual and writes the output in rows of 16-byte pieces
+// Tile      gemm.cuh; up to 16 rows stream.cuh, in units of 16 weight rows. The epilogue reads the residual and writes
+//           the output in rows of 16-byte pieces
 // Traffic   x, weight, residual, out: once each from HBM as far as L2 holds what tiles share
 // Bound     tensor cores from about 150 rows on; below, the weight
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. 16-bit: large tile 242;
 //           246, 64 KB shared, 2 blocks per multiprocessor (8.6, 8.9: 1); small 116; 120, 32 KB, 4 (3); small
-//           unaligned 96; 95. fp32: 77; 71, 16 KB
+//           unaligned 96; 95. fp32: 77; 71, 16 KB. Streamed: docs/kernels/stream.md
 // Numerics  fp32 sums, bias and residual added in fp32, one rounding. NaN and inf stay in their row and column
 // Measured  on no GPU yet
 // Source    gemm.cuh

@@ -1,16 +1,17 @@
 // lm_head: logits = x W^T in fp32, reduced per row and tile of 128 tokens where they are made
 // lm_head_merge: the tiles of a row -> most likely token, log-probability
 //
-// Tile      gemm.cuh; the epilogue gives a row's 128 tokens to 16 neighbouring lanes, 8 each. One block of 256 threads
-//           merges a row
+// Tile      gemm.cuh, up to 16 rows stream.cuh; the epilogue gives a row's 128 tokens to 16 neighbouring lanes, 8 each.
+//           One block of 256 threads merges a row
 // Traffic   weight once per 128 rows (2.1 GB for Persimmon-8B in 16 bits), 12 bytes of statistics per row and tile; the
 //           logits only where sampling asks for them (1 MB a row)
 // Bound     memory up to about 150 rows, then tensor cores
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a: 64 x 128 tile 160; 160,
-//           128 x 128 242; 246, unaligned 176; 174, fp32 119; 127, merge 34; 38. Shared: 48, 64, 48, 32, 1 KB
+//           128 x 128 242; 246, unaligned 176; 174, fp32 119; 127, merge 34; 38. Shared: 48, 64, 48, 32, 1 KB.
+//           Streamed: docs/kernels/stream.md
 // Numerics  fp32 sums over k and within a tile, fp64 over tiles, all in an order that depends on the row alone: the
-//           bits change neither with num_rows nor from run to run. The first NaN wins, as in torch.argmax; equal
-//           logits: the lowest token. exp by expf
+//           bits change neither with num_rows (up to 16, or above) nor from run to run. The first NaN wins, as in
+//           torch.argmax; equal logits: the lowest token. exp by expf
 // Measured  not run on a GPU yet
 // Source    online softmax: Milakov and Gimelshein 2018, arXiv:1805.02867; logits that stay on the chip: Wijmans et al.
 //           2024, Cut your losses in large-vocabulary language models, arXiv:2411.09009; written for this project

@@ -1,8 +1,8 @@
 // qkv_norm_rope: [q | k | v][t, h] = x[t] W[h]^T + b[h], 3 * head_dim rows of W per head, then
 //                q = rope(LayerNorm(q)), k = rope(LayerNorm(k)), v as it is; k and v to their cache slots
 //
-// Tile      gemm.cuh. A part: the q, k or v of one head. Every tile is whole parts, so a part lies in one block, and
-//           all that follows the product happens where its fp32 sums are
+// Tile      gemm.cuh; up to 16 tokens stream.cuh, in units of a part. A part: the q, k or v of one head. Every tile is
+//           whole parts, so a part lies in one block, and all that follows the product happens where its fp32 sums are
 //
 //             columns of W   | q0 k0 | v0 q1 | k1 v1 | q2 ..      head_dim 64, tiles of 128: two parts each
 //                            |  q0   |  k0   |  v0   | q1 ..      head_dim 128: one
@@ -13,9 +13,9 @@
 // Bound     tensor cores from about 150 rows on; below, W
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills and no stack on 8.0, 8.6, 8.9, 9.0a: 16-bit
 //           128 x 128 242; 246, 64 x 128 168; 168, 64 x 64 116; 118; fp32 64 x 128 119; 123, 64 x 64 76; 71. Shared
-//           memory as gemm.cuh: the epilogue adds none
+//           memory as gemm.cuh: the epilogue adds none. Streamed: docs/kernels/stream.md
 // Numerics  product, bias, statistics and rotary in fp32, one rounding. The bits of a token depend neither on the other
-//           tokens nor on the tile, and paged equals unpaged
+//           tokens nor on the tile, up to 16 tokens and above, and paged equals unpaged
 // Requires  head_dim 64 or 128. Slots and positions within their ranges: no value is checked
 // Measured  not run on a GPU yet
 // Source    gemm.cuh, norm_rope.cuh; slots of a paged cache as in vLLM (Kwon et al. 2023, arXiv:2309.06180)
