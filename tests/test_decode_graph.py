@@ -160,6 +160,18 @@ def test_the_bits_of_steps_driven_by_the_host_on_cuda_kernels(name, mode, dtype)
         assert_same_bits(generate(model, 2, device, **settings), host_driven(model, 2, device, **settings))
 
 
+@pytest.mark.parametrize("name", [EMU, CUDA])
+def test_keys_that_begin_to_be_split_on_cuda_kernels(name):
+    model = make_model(**HEAD_DIM_64 | {"num_hidden_layers": 1, "max_position_embeddings": 512}).bfloat16()
+    model.decode_graphs = DecodeGraphs(Recorder())
+    with backend(name) as device:
+        model = model.to(device)
+        settings = {"max_new_tokens": 6, "length": 253}  # the second split comes with the 256th key
+        expected = host_driven(model, 1, device, **settings)
+        assert_same_bits(generate(model, 1, device, use_cuda_graph=False, **settings), expected)
+        assert_same_bits(generate(model, 1, device, **settings), expected)
+
+
 # ---- captured ----
 
 
@@ -296,6 +308,19 @@ def test_the_host_is_one_step_ahead_and_no_more(model, recorder, monkeypatch):
     events.clear()
     generate(model, 2, max_new_tokens=4, use_cuda_graph=False)  # a CPU that does not capture
     assert events == ["read", "launch", "read", "launch", "read", "launch", "read"]
+
+
+def test_running_ahead_op_by_op(model, monkeypatch):
+    """As on a GPU where a capture failed: rows leave at once, while a step with them is on its way."""
+    expected = generate(model, 8, eos_token_id=STOP_IDS)
+    init = decode_graph.StepRunner.__init__
+
+    def init_ahead(self, *arguments):
+        init(self, *arguments)
+        self.num_ahead = 1
+
+    monkeypatch.setattr(decode_graph.StepRunner, "__init__", init_ahead)
+    assert_same_bits(generate(model, 8, eos_token_id=STOP_IDS), expected)
 
 
 def test_nothing_is_written_to_pages_of_others(model, recorder):
