@@ -165,7 +165,7 @@ class DecodeGraphs:
                     self._give_back()
                     self._in_use.release()
                 return
-            self._warn(reason)
+            self._warn(reason, stacklevel=6)
         cache = PagedKVCache(model.config, 1, 0, num_pages=num_pages, dtype=dtype, device=device)
         yield StepRunner(model, cache, capacity)
 
@@ -203,7 +203,7 @@ class DecodeGraphs:
         except Exception as error:  # whatever it is, the step can still run op by op
             first = error.__context__ or error  # the end of a failed capture raises too
             self._failure = f"the capture failed: {type(first).__name__}: {first}"
-            self._warn(self._failure)
+            self._warn(self._failure, stacklevel=10)
 
     def _borrow(self, model: GenerationMixin, num_pages: int) -> PagedKVCache:
         """The cache, with room for num_pages. Everything captured stays valid or is gone."""
@@ -237,10 +237,12 @@ class DecodeGraphs:
         if self._cache is not None and self._cache.device.type == "cuda":
             torch.cuda.synchronize(self._cache.device)
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, stacklevel: int) -> None:
+        """Once per reason; the levels lead to the caller of `generate`."""
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"generate runs its decode steps op by op, not as one CUDA graph: {reason}", stacklevel=5)
+            message = f"generate runs its decode steps op by op, not as one CUDA graph: {reason}"
+            warnings.warn(message, stacklevel=stacklevel)
 
 
 def _obstacle(model: GenerationMixin) -> str | None:
