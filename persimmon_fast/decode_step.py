@@ -93,16 +93,20 @@ class DecodeStep:
     def load(self, sequences: Sequence[Continuation], choice: TokenChoice) -> None:
         """Starts from these sequences, one per row of the cache: `choose` comes next if they have no new token yet,
         else `run`. Their pages must be reserved."""
-        lengths = [s.prompt_length + len(s.tokens) for s in sequences]
-        self.token_ids.copy_(torch.tensor([s.tokens[-1] if s.tokens else 0 for s in sequences]))
-        self.position_ids.copy_(torch.tensor(lengths) - 1)
-        self.draw_counters.copy_(torch.tensor([draw_counter(s.row, len(s.tokens)) for s in sequences]))
-        self.cache_seqlens.copy_(torch.tensor(lengths))
         table = self._cache.page_table(self.num_columns)
         self.page_table.copy_(table)
         self._slots.copy_((table.long().unsqueeze(2) * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten(1))
         if self._settings is not None:
             self._settings.fill(choice)
+        self.move_to(sequences)
+
+    def move_to(self, sequences: Sequence[Continuation]) -> None:
+        """Where the same sequences are now, if their pages and their choice are those that were loaded."""
+        lengths = [s.prompt_length + len(s.tokens) for s in sequences]
+        self.token_ids.copy_(torch.tensor([s.tokens[-1] if s.tokens else 0 for s in sequences]))
+        counters = [draw_counter(s.row, len(s.tokens)) for s in sequences]
+        self._counters.copy_(torch.tensor([[length - 1 for length in lengths], counters]))
+        self.cache_seqlens.copy_(torch.tensor(lengths))
         if self.penalty_ids is not None:
             seen = torch.full(self.penalty_ids.shape, -1)
             for ids, s in zip(seen, sequences, strict=True):

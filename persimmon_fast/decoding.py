@@ -12,7 +12,6 @@ from torch import Tensor
 
 from persimmon_fast import ops
 from persimmon_fast.decode_step import Choice, Continuation, DecodeStep
-from persimmon_fast.kv_cache import PagedKVCache
 from persimmon_fast.prompt_lookup import PromptLookup
 from persimmon_fast.token_choice import RowSettings, TokenChoice, draw_counter, draw_tokens
 
@@ -86,12 +85,13 @@ class StepDecoder:
 
 
 class LookupDecoder:
-    """Prompt lookup: a step also checks drafted tokens, and keeps those that it would have chosen."""
+    """Prompt lookup: a step also checks drafted tokens, and keeps those that it would have chosen. Where nothing is
+    drafted it is the step without lookup."""
 
     def __init__(
         self,
         model: GenerationMixin,
-        cache: PagedKVCache,
+        runner: StepRunner,
         choice: TokenChoice,
         sequences: Sequence[Continuation],
         hidden: Tensor,
@@ -100,7 +100,10 @@ class LookupDecoder:
         config = choice.config
         assert config.prompt_lookup_num_tokens is not None
         prompts = [s.prompt_ids for s in sequences]
-        self._model, self._cache, self._choice = model, cache, choice
+        self._model, self._runner, self._cache, self._choice = model, runner, runner.cache, choice
+        runner.cache.reserve([max_new_tokens] * len(sequences))
+        self._step: DecodeStep | None = None  # of these sequences, once it has been needed
+        self._step_is_current = False
         self._max_new_tokens = max_new_tokens
         self._lookup = PromptLookup(prompts, config.prompt_lookup_num_tokens, config.max_matching_ngram_size)
         self._seen = [set(ids) for ids in prompts] if choice.penalises else []
@@ -110,6 +113,9 @@ class LookupDecoder:
     def next_tokens(self, active: Sequence[Continuation]) -> list[list[Choice]]:
         if self._hidden is None:
             self._draft(active)
+            if not any(self._drafts):
+                return [[choice] for choice in self._run_step(active)]
+            self._step_is_current = False
             self._hidden = self._forward([[s.tokens[-1], *d] for s, d in zip(active, self._drafts, strict=True)])
         choices = iter(self._choose(self._hidden, active))
         self._hidden = None
@@ -117,11 +123,22 @@ class LookupDecoder:
         kept = [list(_accepted(c, d)) for c, d in zip(per_sequence, self._drafts, strict=True)]
         num_rejected = [len(c) - len(k) for c, k in zip(per_sequence, kept, strict=True)]
         if any(num_rejected):
-            self._cache.drop_last(num_rejected)
+            self._cache.drop_last(num_rejected, keep_pages=True)
         return kept
 
     def keep(self, going: Sequence[int]) -> None:
         self._cache.keep(list(going))
+        self._step = None
+
+    def _run_step(self, active: Sequence[Continuation]) -> list[Choice]:
+        if self._step is None:
+            self._step = self._runner.step(len(active), self._choice)
+            self._step.load(active, self._choice)
+        elif not self._step_is_current:
+            self._step.move_to(active)
+        self._step_is_current = True
+        self._runner.launch(self._step)
+        return self._step.results()()
 
     def _draft(self, active: Sequence[Continuation]) -> None:
         self._drafts = []

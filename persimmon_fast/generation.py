@@ -131,7 +131,7 @@ class GenerationMixin:
             if config.prompt_lookup_num_tokens is None:
                 decoder = StepDecoder(runner, choice, sequences, hidden, max_new_tokens)
             else:
-                decoder = LookupDecoder(self, cache, choice, sequences, hidden, max_new_tokens)
+                decoder = LookupDecoder(self, runner, choice, sequences, hidden, max_new_tokens)
             active = sequences
             while True:
                 for sequence, choices in zip(active, decoder.next_tokens(active), strict=True):

@@ -139,15 +139,17 @@ class PagedKVCache:
                 self.seqlens.append(length)
                 self._pages.append(full + own)
 
-    def drop_last(self, num_dropped: list[int]) -> None:
-        """Forgets the last num_dropped[b] tokens of sequence b; pages that nobody needs any more are free again,
-        reserved ones too."""
+    def drop_last(self, num_dropped: list[int], *, keep_pages: bool = False) -> None:
+        """Forgets the last num_dropped[b] tokens of sequence b. Pages that nobody needs any more are free again,
+        reserved ones too; keep_pages: they stay reserved, which no sequence may then share."""
         if len(num_dropped) != self.batch_size:
             raise ValueError(f"PagedKVCache: the cache holds {self.batch_size} sequences, got {len(num_dropped)}")
         if any(not 0 <= n <= length for n, length in zip(num_dropped, self.seqlens, strict=True)):
             raise ValueError(f"PagedKVCache: cannot drop {num_dropped} tokens of sequences of {self.seqlens}")
         self.num_columns = max(0, self.num_columns - min(num_dropped))  # columns that no sequence has any more
         self.seqlens = [length - n for length, n in zip(self.seqlens, num_dropped, strict=True)]
+        if keep_pages:
+            return
         for length, pages in zip(self.seqlens, self._pages, strict=True):
             while len(pages) > pages_of(length):
                 self._release(pages.pop())
