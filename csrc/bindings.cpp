@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "build_info.h"
 #include "csrc/cpu/isa.h"
+#include "csrc/cuda/dependent_launch.h"
 #include "csrc/ops/huge_pages.h"
 #include "csrc/ops/read_memory.h"
 
@@ -15,6 +17,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return isa_name(active_isa()); });
   m.def("best_cpu_isa", [] { return isa_name(best_isa()); });
   m.def("set_cpu_isa", [](const std::string& name) { set_isa(parse_isa(name.c_str())); });
+
+  // Returns what was set before; of this thread.
+  m.def("set_dependent_launches",
+        [](bool allowed) { return std::exchange(persimmon_fast::cuda::dependent_launches(), allowed); });
 
   m.def("advise_huge_pages", &persimmon_fast::advise_huge_pages);
   m.def("read_memory", &persimmon_fast::read_memory, pybind11::call_guard<pybind11::gil_scoped_release>());

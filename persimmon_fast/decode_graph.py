@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from persimmon_fast import ops
+from persimmon_fast import _C, ops
 from persimmon_fast.decode_step import DecodeStep
 from persimmon_fast.kv_cache import PagedKVCache, pages_of
 from persimmon_fast.token_choice import TokenChoice
@@ -38,6 +38,17 @@ class Replayable(Protocol):
 Capture = Callable[[Callable[[], None]], Replayable]
 
 
+@contextmanager
+def _dependent_launches() -> Iterator[None]:
+    """Kernels of this thread may order their weights before the kernels in front of them are done: nothing in a decode
+    step writes weights. csrc/cuda/dependent_launch.cuh"""
+    before = _C.set_dependent_launches(True)
+    try:
+        yield
+    finally:
+        _C.set_dependent_launches(before)
+
+
 class CudaGraphCapture:
     """Captures steps on one device. The graphs share one memory pool: no tensor of a step outlives its replay, and
     replays follow one another on a stream."""
@@ -54,6 +65,7 @@ class CudaGraphCapture:
         with (
             torch.cuda.stream(torch.cuda.current_stream(self._device)),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            _dependent_launches(),
         ):
             run()
         return graph

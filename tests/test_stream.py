@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import emulator
 import pytest
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from helpers import CUDA, DTYPES, EMU, assert_within_contract, backend, randn
 from torch import Tensor
 
-from persimmon_fast import ops, reference
+from persimmon_fast import _C, decode_graph, ops, reference
 
 # rows, in_features, out_features. 8 warps take steps of 128 bytes of k in turn, three in flight; the emulator's 8
 # multiprocessors have a block each and take units of 16 rows in turn. So: one step; fewer steps than warps; one more;
@@ -127,6 +127,27 @@ def test_dependent_kernels_wait_for_what_they_read(name, rows):
         with dependent_launches():
             out = ops.linear_residual(ops.linear_residual(x, *others), *others)
         assert torch.equal(out, expected)
+
+
+def test_kernels_start_early_in_a_captured_step_alone(monkeypatch):
+    for name in ("graph_pool_handle", "Stream", "CUDAGraph", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    seen = []
+
+    def step() -> None:
+        seen.append(_C.set_dependent_launches(True))
+
+    def failing_step() -> None:
+        step()
+        raise RuntimeError("no capture")
+
+    capture = decode_graph.CudaGraphCapture(torch.device("cuda"))
+    capture(step)
+    assert _C.set_dependent_launches(False) is False
+    with pytest.raises(RuntimeError, match="no capture"):
+        capture(failing_step)
+    assert _C.set_dependent_launches(False) is False
+    assert seen == [True, True]
 
 
 PLAN = """

@@ -282,6 +282,7 @@ DEV void merge_warps(const AttentionParams& p, const Sequence& s, const float* s
 
 template <typename scalar_t, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionParams p) {
+  ptx::launch_dependents();  // the projection that follows may order its weights
   SMEM_CARVER(smem);
   scalar_t* s_ring = smem.take<scalar_t>(kWarps * kStages * kSliceElements<kHeadDim>, 128);
   unsigned* s_again = smem.take<unsigned>(kWarps);
@@ -360,6 +361,7 @@ __global__ void __launch_bounds__(kThreads) paged_attention_kernel(AttentionPara
 // Adds up the splits of one query and head, in their order: one warp.
 template <typename scalar_t, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) paged_attention_combine_kernel(AttentionParams p) {
+  ptx::launch_dependents();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row_idx = blockIdx.x * int64_t{kWarps} + threadIdx.x / kWarpSize;
   if (row_idx >= p.batch_size * p.max_seqlen_q * p.num_heads) return;  // whole warps: no barrier follows
