@@ -195,18 +195,9 @@ def qkv_norm_rope(
     """
     head_dim = weight.shape[0] // (3 * num_heads) if num_heads > 0 else 0
     if not _use_kernel("qkv_norm_rope", x, weight, bias, q_weight, norm_weight, head_dim=head_dim):
+        x = _normalised(x, norm_weight, norm_bias, norm_eps)
         return reference.qkv_norm_rope(
-            _normalised(x, norm_weight, norm_bias, norm_eps),
-            weight,
-            bias,
-            q_weight,
-            q_bias,
-            k_weight,
-            k_bias,
-            cos_sin,
-            position_ids,
-            eps,
-            num_heads,
+            x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
         )
     return _kernel("qkv_norm_rope")(
         x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads,
@@ -246,18 +237,9 @@ def qkv_norm_rope_paged(
     """
     head_dim = k_cache.shape[-1]
     if not _use_kernel("qkv_norm_rope_paged", x, weight, bias, q_weight, norm_weight, head_dim=head_dim):
+        x = _normalised(x, norm_weight, norm_bias, norm_eps)
         q, k, v = reference.qkv_norm_rope(
-            _normalised(x, norm_weight, norm_bias, norm_eps),
-            weight,
-            bias,
-            q_weight,
-            q_bias,
-            k_weight,
-            k_bias,
-            cos_sin,
-            position_ids,
-            eps,
-            num_heads,
+            x, weight, bias, q_weight, q_bias, k_weight, k_bias, cos_sin, position_ids, eps, num_heads
         )
         reference.write_paged(k, v, slot_mapping, k_cache, v_cache)
         return q
@@ -437,17 +419,26 @@ def to_neuron_major(down_weight: Tensor) -> Tensor:
     return empty_huge(rows.shape, rows.dtype, rows.device).copy_(rows).t()
 
 
-def lm_head_argmax(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _flat(vocab_ranges: reference.VocabRanges | None) -> list[int] | None:
+    return None if vocab_ranges is None else [token for pair in vocab_ranges for token in pair]
+
+
+def lm_head_argmax(
+    x: Tensor, weight: Tensor, *, vocab_ranges: reference.VocabRanges | None = None
+) -> tuple[Tensor, Tensor]:
     """Most likely token of each row, the lowest id where logits are equal.
 
     Args:
         x: [num_rows, hidden_size]; weight: [vocab_size, hidden_size].
+        vocab_ranges: up to 16 ranges of tokens (begin, end), half-open and ascending; None: the whole vocabulary. The
+            result is that of logits of -inf at all other tokens, whose rows of weight are not read (on CUDA whole
+            blocks of 128 of them).
     Returns:
         token_ids [num_rows] int64 and their log-probabilities [num_rows] fp32.
     """
     if not _use_kernel("lm_head_argmax", x, weight):
-        return reference.lm_head_argmax(x, weight)
-    return _kernel("lm_head_argmax")(x, weight)
+        return reference.lm_head_argmax(x, weight, vocab_ranges)
+    return _kernel("lm_head_argmax")(x, weight, _flat(vocab_ranges))
 
 
 def lm_head_sample(
@@ -461,6 +452,8 @@ def lm_head_sample(
     offsets: Tensor,
     penalty_ids: Tensor | None = None,
     repetition_penalty: Tensor | None = None,
+    *,
+    vocab_ranges: reference.VocabRanges | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token of each row, drawn from its filtered distribution; exact, and the same for the same seed.
 
@@ -476,24 +469,28 @@ def lm_head_sample(
             `seed`, independent of the row's place in the batch.
         penalty_ids: [num_rows, num_penalised] int64, tokens to penalise, padded with -1; repetition_penalty:
             [num_rows] fp32 > 0. Both or none.
+        vocab_ranges: as in `lm_head_argmax`; the numbers drawn belong to token ids, so the others keep theirs.
     Returns:
         token_ids [num_rows] int64 and their log-probabilities [num_rows] fp32 under the bare logits (before
         penalty, temperature and filters).
     """
     args = (x, weight, temperature, top_k, top_p, min_p, seeds, offsets, penalty_ids, repetition_penalty)
     if not _use_kernel("lm_head_sample", x, weight):
-        return reference.lm_head_sample(*args)
-    return _kernel("lm_head_sample")(*args)
+        return reference.lm_head_sample(*args, vocab_ranges)
+    return _kernel("lm_head_sample")(*args, _flat(vocab_ranges))
 
 
-def lm_head_logprobs(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+def lm_head_logprobs(
+    x: Tensor, weight: Tensor, token_ids: Tensor, *, vocab_ranges: reference.VocabRanges | None = None
+) -> Tensor:
     """log softmax(x W^T)[row, token_ids[row]] without keeping the logits.
 
     Args:
         x: [num_rows, hidden_size]; weight: [vocab_size, hidden_size]; token_ids: [num_rows] int64.
+        vocab_ranges: as in `lm_head_argmax`; a token outside has -inf.
     Returns:
         [num_rows] fp32.
     """
     if not _use_kernel("lm_head_logprobs", x, weight):
-        return reference.lm_head_logprobs(x, weight, token_ids)
-    return _kernel("lm_head_logprobs")(x, weight, token_ids)
+        return reference.lm_head_logprobs(x, weight, token_ids, vocab_ranges)
+    return _kernel("lm_head_logprobs")(x, weight, token_ids, _flat(vocab_ranges))

@@ -8,6 +8,7 @@ composes these functions is compared with transformers in tests/test_reference.p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -206,19 +207,28 @@ def squared_relu_mlp(
     return (out if residual is None else _wide(residual) + out).to(x.dtype)
 
 
-def lm_head_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Logits [num_rows, vocab_size] in fp32."""
-    return _linear(x, weight, None)
+VocabRanges = Sequence[tuple[int, int]]  # begin and end of each
 
 
-def lm_head_logprobs(x: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+def lm_head_logits(x: Tensor, weight: Tensor, vocab_ranges: VocabRanges | None = None) -> Tensor:
+    """Logits [num_rows, vocab_size] in fp32; -inf outside of the ranges."""
+    logits = _linear(x, weight, None)
+    if vocab_ranges is None:
+        return logits
+    skipped = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+    for begin, end in vocab_ranges:
+        skipped[begin:end] = False
+    return logits.masked_fill(skipped, -math.inf)
+
+
+def lm_head_logprobs(x: Tensor, weight: Tensor, token_ids: Tensor, vocab_ranges: VocabRanges | None = None) -> Tensor:
     """log softmax(x W^T)[row, token_ids[row]] in fp32."""
-    return lm_head_logits(x, weight).log_softmax(-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    return lm_head_logits(x, weight, vocab_ranges).log_softmax(-1).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def lm_head_argmax(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def lm_head_argmax(x: Tensor, weight: Tensor, vocab_ranges: VocabRanges | None = None) -> tuple[Tensor, Tensor]:
     """(most likely token, its log-probability) per row; the lowest id where logits are equal."""
-    logits = lm_head_logits(x, weight)
+    logits = lm_head_logits(x, weight, vocab_ranges)
     # torch.argmax does not promise which of equal maxima it returns
     is_max = logits == logits.amax(-1, keepdim=True)
     token_ids = is_max.int().argmax(-1)
@@ -300,6 +310,7 @@ def lm_head_sample(
     offsets: Tensor,
     penalty_ids: Tensor | None,
     repetition_penalty: Tensor | None,
+    vocab_ranges: VocabRanges | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sampled token, its log-probability under the model) per row.
 
@@ -308,7 +319,7 @@ def lm_head_sample(
     (seed, offset) -- the Gumbel-max trick, whose result does not depend on the order of evaluation. Temperature 0
     takes the most likely token. The log-probability is that of the bare logits, before penalty and filters.
     """
-    logits = lm_head_logits(x, weight)
+    logits = lm_head_logits(x, weight, vocab_ranges)
     z = logits
     if penalty_ids is not None and repetition_penalty is not None:
         z = penalise_repetition(z, penalty_ids, repetition_penalty)

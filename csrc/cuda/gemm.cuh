@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   unsigned char* s_bytes = smem.take<unsigned char>(Shape::kSmemBytes, 128);
   const GemmOperands& g = p.operands;
   const TilePlace place = tile_place<kBlockM, kBlockN>(g);
+  if (skip_tile(p.epilogue, place.row0, place.col0, place.rows)) return;
   const uint16_t* g_a = static_cast<const uint16_t*>(g.a) + place.row0 * g.a_row_stride;
   const uint16_t* g_b = static_cast<const uint16_t*>(g.b) + (kKMajor ? place.col0 * g.b_row_stride : place.col0);
   const int k = static_cast<int>(g.k);

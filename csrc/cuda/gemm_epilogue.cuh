@@ -8,9 +8,15 @@
 // at() in whatever order it likes. A piece is 8 columns of a row; neighbouring lanes have neighbouring pieces, so
 // 16-bit rows are read and written in full lines, and a row's segment of 64 or 128 columns lies in 8 or 16 neighbouring
 // lanes of one warp: reduce it with reduce_lanes, exchange values through at() and __syncwarp().
+//
+// An epilogue with columns that nobody needs also has
+//
+//   DEV bool skips(int64_t col0) const                          whether a tile that starts here is not to be computed
+//   DEV void skip(int64_t row0, int64_t col0, int rows) const   called instead, by every thread of the block
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "csrc/cuda/convert.cuh"
 #include "csrc/cuda/device.cuh"
@@ -68,6 +74,22 @@ struct StagedTile {
     }
   }
 };
+
+template <typename Epilogue, typename = void>
+struct CanSkip : std::false_type {};
+template <typename Epilogue>
+struct CanSkip<Epilogue, std::void_t<decltype(&Epilogue::skips)>> : std::true_type {};
+
+// Whether the block has nothing to compute for the tile at (row0, col0); its epilogue is done then.
+template <typename Epilogue>
+DEV bool skip_tile(const Epilogue& epilogue, int64_t row0, int64_t col0, int rows) {
+  if constexpr (CanSkip<Epilogue>::value) {
+    if (!epilogue.skips(col0)) return false;
+    epilogue.skip(row0, col0, rows);
+    return true;
+  }
+  return false;
+}
 
 // The n elements at p, zeros after them. vectorised: p is 16-byte aligned (looked at where n is kPiece).
 template <typename scalar_t>

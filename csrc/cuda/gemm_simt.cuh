@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(Shape::kThreads) gemm_simt_kernel(GemmKernelPa
   float* s_b = s_floats + kBlockK * kPitchA;
   const GemmOperands& g = p.operands;
   const TilePlace place = tile_place<kBlockM, kBlockN>(g);
+  if (skip_tile(p.epilogue, place.row0, place.col0, place.rows)) return;
   const float* g_a = static_cast<const float*>(g.a) + place.row0 * g.a_row_stride;
   const float* g_b = static_cast<const float*>(g.b) + (kKMajor ? place.col0 * g.b_row_stride : place.col0);
   const int k = static_cast<int>(g.k);

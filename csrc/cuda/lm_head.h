@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "csrc/common/dtype.h"
+#include "csrc/common/vocab_ranges.h"
 
 namespace persimmon_fast::cuda {
 
@@ -31,7 +32,8 @@ struct LmHeadParams {
   TileStats tiles;
   float* logits;  // [num_rows, num_vocab_tiles(vocab_size) * kVocabTile], -inf beyond vocab_size; or null: not kept
   const int64_t* target_ids;  // [num_rows] tokens whose logit goes to `target`; or null
-  float* target;              // [num_rows], not written where target_ids holds no token
+  float* target;              // [num_rows], not written where target_ids holds no token of a computed tile
+  VocabRanges ranges;         // tiles outside are not computed, tokens outside have a logit of -inf
   int num_multiprocessors;
   DType dtype;  // of x and weight
 };
@@ -42,6 +44,7 @@ struct LmHeadMergeParams {
   int64_t vocab_size;
   const int64_t* target_ids;  // with target: log-probabilities of these tokens, NaN where there is no such token
   const float* target;        // null: of the most likely tokens
+  VocabRanges ranges;         // as of lm_head: tokens outside have probability 0
   int64_t* token_ids;         // [num_rows] the most likely tokens; or null
   float* logprobs;            // [num_rows]
 };

@@ -50,6 +50,16 @@ DEV T block_reduce(T value, T identity, T* s_partial, const WarpReduce& warp_red
   return warp_reduce(lane < static_cast<int>(blockDim.x) / kWarpSize ? s_partial[lane] : identity);
 }
 
+// Whether some (kAll: all) of the tokens begin .. end - 1 are in the ranges, which do not touch each other.
+template <bool kAll>
+DEV bool holds(const VocabRanges& ranges, int64_t begin, int64_t end) {
+  bool found = ranges.count == 0;
+  for (int i = 0; i < ranges.count; ++i) {
+    found |= kAll ? ranges.begin[i] <= begin && end <= ranges.end[i] : ranges.begin[i] < end && begin < ranges.end[i];
+  }
+  return found;
+}
+
 // Statistics of a whole row.
 struct RowStats {
   float max;

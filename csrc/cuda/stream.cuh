@@ -42,9 +42,20 @@ struct StreamParams {
   Epilogue epilogue;
 };
 
+// Of the units that are this block's turn, from the one at row0 on: the first one that the epilogue does not skip.
+template <int kUnit, typename Epilogue>
+DEV int64_t first_unit(const Epilogue& epilogue, int64_t row0, int64_t n) {
+  if constexpr (CanSkip<Epilogue>::value) {
+    while (row0 < n && epilogue.skips(row0)) row0 += int64_t{gridDim.x} * kUnit;
+  }
+  return row0;
+}
+
 // Which 16 rows of W, which step of k. Warps of a block and blocks of a grid take turns.
-template <int kUnit>
+template <int kUnit, typename Epilogue>
 struct StreamPlace {
+  const Epilogue& epilogue;
+  int64_t n;
   int64_t row;
   int step;
 
@@ -53,7 +64,8 @@ struct StreamPlace {
     if (step < num_steps) return;
     step = warp;
     row += kStreamGroup;
-    if (row % kUnit == 0) row += static_cast<int64_t>(gridDim.x - 1) * kUnit;
+    if (row % kUnit != 0) return;
+    row = first_unit<kUnit>(epilogue, row + static_cast<int64_t>(gridDim.x - 1) * kUnit, n);
   }
 };
 
@@ -80,7 +92,9 @@ __global__ void __launch_bounds__(kStreamWarps* kWarpSize, 2) stream_kernel(Stre
 
   const int64_t end_row = ceil_div(p.n, int64_t{kUnit}) * kUnit;  // what lies behind row n is multiplied as zeros
   Copies* s_slots = s_ring + warp * kStreamStages;
-  StreamPlace<kUnit> next{static_cast<int64_t>(blockIdx.x) * kUnit, warp};  // to be copied
+  StreamPlace<kUnit, Epilogue> next{p.epilogue, p.n,
+                                    first_unit<kUnit>(p.epilogue, static_cast<int64_t>(blockIdx.x) * kUnit, p.n),
+                                    warp};  // to be copied
   const auto issue = [&](int slot) {
     if (next.row < end_row && warp < num_steps) {
       const int first_column = (next.step * kStepChunks + lane % 4) * kChunk;
@@ -122,6 +136,7 @@ __global__ void __launch_bounds__(kStreamWarps* kWarpSize, 2) stream_kernel(Stre
   int buffer = 0;
   const int partial_size = input.rows * kStreamGroup;  // of a warp
   for (int64_t row0 = static_cast<int64_t>(blockIdx.x) * kUnit; row0 < p.n; row0 += int64_t{gridDim.x} * kUnit) {
+    if (skip_tile(p.epilogue, 0, row0, input.rows)) continue;
     const StagedTile<kStreamMaxRows, kUnit, kEpilogueThreads> tile{s_staged, 0, row0, input.rows,
                                                                    static_cast<int>(min(p.n - row0, int64_t{kUnit}))};
 #pragma unroll 1

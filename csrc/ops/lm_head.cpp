@@ -1,7 +1,8 @@
 // lm_head_argmax, lm_head_logprobs, lm_head_sample on a CPU: the products, threads.
 //
 // Logits are made in fp32, block by block of the vocabulary, and reduced by the thread that made them; only sampling
-// keeps those of up to 64 rows (64 MB at 262,144 tokens). Two ways to make a block, neither of which rounds a logit to
+// keeps those of up to 64 rows (64 MB at 262,144 tokens). vocab_ranges: blocks are cut from the ranges, so weights
+// outside of them are not read. Two ways to make a block, neither of which rounds a logit to
 // 16 bits, as torch's 16-bit products do:
 //   up to 16 rows           stream_rows: one pass over the weights at the speed of memory
 //   more, bf16, AMX         oneDNN's tile product with fp32 output (at::native::cpublas::brgemm), weights times x^T, so
@@ -21,6 +22,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -31,6 +33,7 @@
 namespace persimmon_fast {
 namespace {
 
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 constexpr int64_t kMaxSampleRows = 64;  // whose logits are kept at once
 // Rows whose logits pass through a block. 256 spill the caches: 506 GFLOP/s per thread, 128: 696, 64: 534.
 constexpr int64_t kMaxReducedRows = 128;
@@ -53,12 +56,37 @@ struct Block {
   int64_t row_stride;
 };
 
+struct TokenRange {
+  int64_t begin;
+  int64_t end;
+};
+using TokenRanges = std::vector<TokenRange>;
+
+TokenRanges kept_tokens(const OptionalRanges& vocab_ranges, int64_t vocab_size) {
+  if (!vocab_ranges.has_value()) return {{0, vocab_size}};
+  TokenRanges kept;
+  for (size_t i = 0; i < vocab_ranges->size(); i += 2) kept.push_back({(*vocab_ranges)[i], (*vocab_ranges)[i + 1]});
+  return kept;
+}
+
+// The ranges in pieces of at most `size` tokens.
+TokenRanges cut(const TokenRanges& ranges, int64_t size) {
+  TokenRanges pieces;
+  for (const TokenRange& range : ranges) {
+    for (int64_t begin = range.begin; begin < range.end; begin += size) {
+      pieces.push_back({begin, std::min(begin + size, range.end)});
+    }
+  }
+  return pieces;
+}
+
 // Long blocks keep the streams of stream_rows busy; short ones keep 256 rows of logits in cache.
 int64_t block_size(bool brgemm) { return brgemm ? 512 : 4096; }
 
-// Calls body(Block) for every block of x W^T, on all threads. keep: [num_rows, vocab_size], or null.
+// Calls body(Block) for x W^T at each of these blocks of tokens, on all threads. keep: [num_rows, vocab_size], or null.
 template <typename Body>
-void for_each_block(const at::Tensor& x, const at::Tensor& weight, float* keep, const Body& body) {
+void for_each_block(const at::Tensor& x, const at::Tensor& weight, const TokenRanges& blocks, float* keep,
+                    const Body& body) {
   const int64_t num_rows = x.size(0);
   const int64_t vocab_size = weight.size(0);
   const int64_t hidden_size = weight.size(1);
@@ -77,14 +105,13 @@ void for_each_block(const at::Tensor& x, const at::Tensor& weight, float* keep, 
   const char* weights = static_cast<const char*>(weight.const_data_ptr());
   const int64_t weight_stride = weight.stride(0);
   const int64_t weight_bytes = weight_stride * weight.element_size();
-  const int64_t num_blocks = (vocab_size + size - 1) / size;
   const int64_t grain = std::max<int64_t>(1, cpu::stream_grain(hidden_size) / size);
-  at::parallel_for(0, num_blocks, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(blocks.size()), grain, [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(keep == nullptr ? num_rows * size : 0);
     std::vector<float> product(brgemm ? size * padded_rows : 0);
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * size;
-      const int64_t count = std::min(size, vocab_size - first);
+      const int64_t first = blocks[b].begin;
+      const int64_t count = blocks[b].end - first;
       const Block block = keep == nullptr ? Block{b, first, count, buffer.data(), size}
                                           : Block{b, first, count, keep + first, vocab_size};
       if (brgemm) {
@@ -114,14 +141,15 @@ void for_each_block(const at::Tensor& x, const at::Tensor& weight, float* keep, 
   });
 }
 
-// Stats of every row of x W^T; also calls body(Block), see for_each_block.
+// Stats of every row of x W^T over the ranges; also calls body(Block), see for_each_block.
 template <typename Body>
-std::vector<cpu::LogitStats> head_stats(const at::Tensor& x, const at::Tensor& weight, float* keep, const Body& body) {
+std::vector<cpu::LogitStats> head_stats(const at::Tensor& x, const at::Tensor& weight, const TokenRanges& ranges,
+                                        float* keep, const Body& body) {
   const int64_t num_rows = x.size(0);
-  const int64_t size = block_size(use_brgemm(x, num_rows));
-  const int64_t num_blocks = (weight.size(0) + size - 1) / size;
+  const TokenRanges places = cut(ranges, block_size(use_brgemm(x, num_rows)));
+  const int64_t num_blocks = static_cast<int64_t>(places.size());
   std::vector<cpu::LogitStats> blocks(num_rows * num_blocks);
-  for_each_block(x, weight, keep, [&](const Block& block) {
+  for_each_block(x, weight, places, keep, [&](const Block& block) {
     cpu::logit_stats(
         {block.logits, block.row_stride, block.first_token, block.num_tokens, &blocks[block.index], num_blocks}, 0,
         num_rows);
@@ -147,12 +175,14 @@ void for_each_chunk(const at::Tensor& x, int64_t max_rows, const Body& body) {
 
 // ---- lm_head_argmax ----
 
-std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cpu(const at::Tensor& x, const at::Tensor& weight) {
-  auto [token_ids, logprobs] = lm_head_argmax_meta(x, weight);
+std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cpu(const at::Tensor& x, const at::Tensor& weight,
+                                                      OptionalRanges vocab_ranges) {
+  auto [token_ids, logprobs] = lm_head_argmax_meta(x, weight, vocab_ranges);
+  const TokenRanges ranges = kept_tokens(vocab_ranges, weight.size(0));
   int64_t* tokens = token_ids.mutable_data_ptr<int64_t>();
   float* out = logprobs.mutable_data_ptr<float>();
   for_each_chunk(x, kMaxReducedRows, [&](int64_t first_row, const at::Tensor& rows) {
-    const auto stats = head_stats(rows, weight, nullptr, [](const Block&) {});
+    const auto stats = head_stats(rows, weight, ranges, nullptr, [](const Block&) {});
     for (size_t i = 0; i < stats.size(); ++i) {
       tokens[first_row + i] = stats[i].argmax;
       out[first_row + i] = cpu::logprob(stats[i], stats[i].max);
@@ -163,16 +193,19 @@ std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cpu(const at::Tensor& x, const
 
 // ---- lm_head_logprobs ----
 
-at::Tensor lm_head_logprobs_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids) {
-  at::Tensor logprobs = lm_head_logprobs_meta(x, weight, token_ids);
+at::Tensor lm_head_logprobs_cpu(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids,
+                                OptionalRanges vocab_ranges) {
+  at::Tensor logprobs = lm_head_logprobs_meta(x, weight, token_ids, vocab_ranges);
+  const TokenRanges ranges = kept_tokens(vocab_ranges, weight.size(0));
   const int64_t* tokens = token_ids.const_data_ptr<int64_t>();
   for (int64_t row = 0; row < x.size(0); ++row) {
     TORCH_CHECK_VALUE(tokens[row] >= 0 && tokens[row] < weight.size(0), "lm_head_logprobs: token_ids[", row,
                       "] must be a token below vocab_size = ", weight.size(0), ", got ", tokens[row]);
   }
   float* out = logprobs.mutable_data_ptr<float>();
+  std::fill_n(out, x.size(0), kMinusInf);  // remains where the token lies outside of the ranges
   for_each_chunk(x, kMaxReducedRows, [&](int64_t first_row, const at::Tensor& rows) {
-    const auto stats = head_stats(rows, weight, nullptr, [&](const Block& block) {
+    const auto stats = head_stats(rows, weight, ranges, nullptr, [&](const Block& block) {
       for (int64_t i = 0; i < rows.size(0); ++i) {
         const int64_t place = tokens[first_row + i] - block.first_token;
         if (place >= 0 && place < block.num_tokens) out[first_row + i] = block.logits[i * block.row_stride + place];
@@ -195,15 +228,26 @@ void check_values(const char* name, const at::Tensor& t, const char* range, cons
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> lm_head_sample_cpu(const at::Tensor& x, const at::Tensor& weight,
-                                                      const at::Tensor& temperature, const at::Tensor& top_k,
-                                                      const at::Tensor& top_p, const at::Tensor& min_p,
-                                                      const at::Tensor& seeds, const at::Tensor& offsets,
-                                                      const OptionalTensor& penalty_ids,
-                                                      const OptionalTensor& repetition_penalty) {
-  auto [token_ids, logprobs] =
-      lm_head_sample_meta(x, weight, temperature, top_k, top_p, min_p, seeds, offsets, penalty_ids, repetition_penalty);
+// The logits of the tokens outside of the ranges; logits: [num_rows, vocab_size].
+void fill_skipped(const TokenRanges& ranges, int64_t num_rows, int64_t vocab_size, float* logits) {
+  for (int64_t row = 0; row < num_rows; ++row, logits += vocab_size) {
+    int64_t token = 0;
+    for (const TokenRange& range : ranges) {
+      std::fill(logits + token, logits + range.begin, kMinusInf);
+      token = range.end;
+    }
+    std::fill(logits + token, logits + vocab_size, kMinusInf);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> lm_head_sample_cpu(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& temperature, const at::Tensor& top_k,
+    const at::Tensor& top_p, const at::Tensor& min_p, const at::Tensor& seeds, const at::Tensor& offsets,
+    const OptionalTensor& penalty_ids, const OptionalTensor& repetition_penalty, OptionalRanges vocab_ranges) {
+  auto [token_ids, logprobs] = lm_head_sample_meta(x, weight, temperature, top_k, top_p, min_p, seeds, offsets,
+                                                   penalty_ids, repetition_penalty, vocab_ranges);
   const int64_t vocab_size = weight.size(0);
+  const TokenRanges ranges = kept_tokens(vocab_ranges, vocab_size);
   check_values<float>("temperature", temperature, "finite and at least 0",
                       [](float t) { return std::isfinite(t) && t >= 0.0f; });
   check_values<int32_t>("top_k", top_k, "at least 0", [](int32_t k) { return k >= 0; });
@@ -224,7 +268,8 @@ std::tuple<at::Tensor, at::Tensor> lm_head_sample_cpu(const at::Tensor& x, const
   for_each_chunk(x, kMaxSampleRows, [&](int64_t first_row, const at::Tensor& rows) {
     const int64_t num_rows = rows.size(0);
     const at::Tensor logits = fp32_scratch(num_rows * vocab_size);
-    const auto stats = head_stats(rows, weight, logits.mutable_data_ptr<float>(), [](const Block&) {});
+    fill_skipped(ranges, num_rows, vocab_size, logits.mutable_data_ptr<float>());
+    const auto stats = head_stats(rows, weight, ranges, logits.mutable_data_ptr<float>(), [](const Block&) {});
     std::vector<int64_t> argmax(num_rows);
     const at::Tensor finite = at::empty({num_rows}, at::kBool);
     for (int64_t i = 0; i < num_rows; ++i) {

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "csrc/common/vocab_ranges.h"
 #include "csrc/ops/checks.h"
 
 namespace persimmon_fast {
@@ -19,6 +20,25 @@ inline void check_head(const char* op, const at::Tensor& x, const at::Tensor& we
   check_dense_rows(op, "weight", weight);
 }
 
+// Pairs of begin and end, one after the other; none: every token.
+using OptionalRanges = at::OptionalIntArrayRef;
+
+inline void check_vocab_ranges(const char* op, const OptionalRanges& ranges, const at::Tensor& weight) {
+  if (!ranges.has_value()) return;
+  TORCH_CHECK_VALUE(ranges->size() % 2 == 0 && !ranges->empty() && ranges->size() <= 2 * kMaxVocabRanges, op,
+                    ": vocab_ranges must be 1 to ", kMaxVocabRanges, " pairs of begin and end, got ", ranges->size(),
+                    " numbers");
+  int64_t previous = 0;
+  for (size_t i = 0; i < ranges->size(); i += 2) {
+    const int64_t begin = (*ranges)[i];
+    const int64_t end = (*ranges)[i + 1];
+    TORCH_CHECK_VALUE(previous <= begin && begin < end && end <= weight.sym_size(0), op,
+                      ": vocab_ranges must ascend without overlap or empty range inside vocab_size = ",
+                      weight.sym_size(0), ", got ", *ranges);
+    previous = end;
+  }
+}
+
 // One value per row of x.
 inline void check_per_row(const char* op, const char* name, const at::Tensor& t, at::ScalarType dtype,
                           const at::Tensor& x) {
@@ -32,25 +52,28 @@ inline at::Tensor empty_per_row(const at::Tensor& x, at::ScalarType dtype) {
   return at::empty_symint({x.sym_size(0)}, x.options().dtype(dtype));
 }
 
-inline std::tuple<at::Tensor, at::Tensor> lm_head_argmax_meta(const at::Tensor& x, const at::Tensor& weight) {
+inline std::tuple<at::Tensor, at::Tensor> lm_head_argmax_meta(const at::Tensor& x, const at::Tensor& weight,
+                                                              OptionalRanges vocab_ranges) {
   check_head("lm_head_argmax", x, weight);
+  check_vocab_ranges("lm_head_argmax", vocab_ranges, weight);
   return {empty_per_row(x, at::kLong), empty_per_row(x, at::kFloat)};
 }
 
-inline at::Tensor lm_head_logprobs_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids) {
+inline at::Tensor lm_head_logprobs_meta(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids,
+                                        OptionalRanges vocab_ranges) {
   check_head("lm_head_logprobs", x, weight);
+  check_vocab_ranges("lm_head_logprobs", vocab_ranges, weight);
   check_per_row("lm_head_logprobs", "token_ids", token_ids, at::kLong, x);
   return empty_per_row(x, at::kFloat);
 }
 
-inline std::tuple<at::Tensor, at::Tensor> lm_head_sample_meta(const at::Tensor& x, const at::Tensor& weight,
-                                                              const at::Tensor& temperature, const at::Tensor& top_k,
-                                                              const at::Tensor& top_p, const at::Tensor& min_p,
-                                                              const at::Tensor& seeds, const at::Tensor& offsets,
-                                                              const OptionalTensor& penalty_ids,
-                                                              const OptionalTensor& repetition_penalty) {
+inline std::tuple<at::Tensor, at::Tensor> lm_head_sample_meta(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& temperature, const at::Tensor& top_k,
+    const at::Tensor& top_p, const at::Tensor& min_p, const at::Tensor& seeds, const at::Tensor& offsets,
+    const OptionalTensor& penalty_ids, const OptionalTensor& repetition_penalty, OptionalRanges vocab_ranges) {
   const char* op = "lm_head_sample";
   check_head(op, x, weight);
+  check_vocab_ranges(op, vocab_ranges, weight);
   check_per_row(op, "temperature", temperature, at::kFloat, x);
   check_per_row(op, "top_k", top_k, at::kInt, x);
   check_per_row(op, "top_p", top_p, at::kFloat, x);

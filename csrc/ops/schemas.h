@@ -43,12 +43,15 @@ inline void define_ops(torch::Library& m) {
       " Tensor? down_bias, Tensor? residual, Tensor? norm_weight=None, Tensor? norm_bias=None,"
       " float norm_eps=1e-5) -> Tensor");
 
-  m.def("lm_head_argmax(Tensor x, Tensor weight) -> (Tensor token_ids, Tensor logprobs)");
+  m.def(
+      "lm_head_argmax(Tensor x, Tensor weight, int[]? vocab_ranges=None)"
+      " -> (Tensor token_ids, Tensor logprobs)");
   m.def(
       "lm_head_sample(Tensor x, Tensor weight, Tensor temperature, Tensor top_k, Tensor top_p,"
       " Tensor min_p, Tensor seeds, Tensor offsets, Tensor? penalty_ids,"
-      " Tensor? repetition_penalty) -> (Tensor token_ids, Tensor logprobs)");
-  m.def("lm_head_logprobs(Tensor x, Tensor weight, Tensor token_ids) -> Tensor");
+      " Tensor? repetition_penalty, int[]? vocab_ranges=None)"
+      " -> (Tensor token_ids, Tensor logprobs)");
+  m.def("lm_head_logprobs(Tensor x, Tensor weight, Tensor token_ids, int[]? vocab_ranges=None) -> Tensor");
 }
 
 }  // namespace persimmon_fast

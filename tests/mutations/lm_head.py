@@ -1,9 +1,35 @@
 from mutants import Mutant
 
+RANGES = "test_lm_head_ranges.py"
 STATS = "csrc/cuda/lm_head_stats.cuh"
 
 MUTANTS = [
-    Mutant("tokens beyond the vocabulary count", "i < n && candidate > best", "candidate > best"),
+    Mutant("tokens beyond the vocabulary count", "(1u << n) - 1", "0xff"),
+    Mutant("a tile that a range cuts is skipped", "!holds<false>(ranges", "!holds<true>(ranges", tests=RANGES),
+    Mutant("all tokens of such a tile count", "if (!whole)", "if (false)", tests=RANGES),
+    Mutant("a range ends one token late", "end <= ranges.end[i]", "begin <= ranges.end[i]", STATS, RANGES),
+    Mutant("a tile that is skipped keeps old statistics", "tiles.max[place] = -INFINITY;", "", tests=RANGES),
+    Mutant("a tile that is skipped keeps old logits", "if (logits == nullptr) return;", "return;", tests=RANGES),
+    Mutant(
+        "a tile that is skipped can be the best",
+        "tiles.token[place] = INT32_MAX;",
+        "tiles.token[place] = 0;",
+        tests=RANGES,
+    ),
+    Mutant("a token that is not kept can be the best", "kept &= ~(1u << i);", "", tests=RANGES),
+    Mutant(
+        "a skipped token has the log-probability of another",
+        "holds<true>(p.ranges, token, token + 1)",
+        "true",
+        tests=RANGES,
+    ),
+    Mutant(
+        "weights of tiles that are skipped are copied",
+        "while (row0 < n && epilogue.skips(row0))",
+        "while (false)",
+        "csrc/cuda/stream.cuh",
+        RANGES,
+    ),
     Mutant("their exp counts", "if (i < n) sum += expf", "sum += expf"),
     Mutant("the sum is not relative to the maximum", "expf(values[i] - shift)", "expf(values[i])"),
     Mutant("every tile has the first one's tokens", "static_cast<uint32_t>(tile.col0) + col", "uint32_t(col)"),

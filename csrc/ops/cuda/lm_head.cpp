@@ -50,7 +50,20 @@ struct TileScratch {
   cuda::TileStats stats() const { return {max.data(), sum.data(), token.data()}; }
 };
 
-cuda::LmHeadParams head_params(const at::Tensor& x, const at::Tensor& weight, const cuda::TileStats& tiles) {
+// Ranges that touch become one, as the kernels want them.
+VocabRanges kernel_ranges(const OptionalRanges& vocab_ranges) {
+  VocabRanges ranges{};
+  if (!vocab_ranges.has_value()) return ranges;
+  for (size_t i = 0; i < vocab_ranges->size(); i += 2) {
+    const auto begin = static_cast<int32_t>((*vocab_ranges)[i]);
+    if (ranges.count == 0 || ranges.end[ranges.count - 1] != begin) ranges.begin[ranges.count++] = begin;
+    ranges.end[ranges.count - 1] = static_cast<int32_t>((*vocab_ranges)[i + 1]);
+  }
+  return ranges;
+}
+
+cuda::LmHeadParams head_params(const at::Tensor& x, const at::Tensor& weight, const cuda::TileStats& tiles,
+                               const VocabRanges& ranges) {
   cuda::LmHeadParams p{};
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
@@ -60,23 +73,25 @@ cuda::LmHeadParams head_params(const at::Tensor& x, const at::Tensor& weight, co
   p.vocab_size = weight.size(0);
   p.hidden_size = weight.size(1);
   p.tiles = tiles;
+  p.ranges = ranges;
   p.num_multiprocessors = num_multiprocessors();
   p.dtype = dtype_tag(x);
   return p;
 }
 
 // token_ids: the most likely tokens go there; target_ids: the log-probabilities are those of these tokens. One is null.
-void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, int64_t* token_ids,
-                 const int64_t* target_ids, float* logprobs) {
+void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, const OptionalRanges& vocab_ranges,
+                 int64_t* token_ids, const int64_t* target_ids, float* logprobs) {
   check_vocab_size(op, weight, INT32_MAX - cuda::kVocabTile);
   const int64_t max_rows = std::min(x.size(0), kMaxReducedRows);
   const TileScratch tiles(max_rows * cuda::num_vocab_tiles(weight.size(0)), x);
   const Scratch<float> target(target_ids != nullptr ? max_rows : 0, x);
   for_parts(x.size(0), kMaxReducedRows, [&](int64_t row, int64_t num_rows) {
     const at::Tensor rows = x.narrow(0, row, num_rows);
-    cuda::LmHeadParams head = head_params(rows, weight, tiles.stats());
+    cuda::LmHeadParams head = head_params(rows, weight, tiles.stats(), kernel_ranges(vocab_ranges));
     cuda::LmHeadMergeParams merge{};
     merge.tiles = head.tiles;
+    merge.ranges = head.ranges;
     merge.num_rows = head.num_rows;
     merge.vocab_size = head.vocab_size;
     merge.logprobs = logprobs + row;
@@ -92,31 +107,31 @@ void reduce_head(const char* op, const at::Tensor& x, const at::Tensor& weight, 
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cuda(const at::Tensor& x, const at::Tensor& weight) {
+std::tuple<at::Tensor, at::Tensor> lm_head_argmax_cuda(const at::Tensor& x, const at::Tensor& weight,
+                                                       OptionalRanges vocab_ranges) {
   const DeviceGuard guard(x.device());
-  auto [token_ids, logprobs] = lm_head_argmax_meta(x, weight);
-  reduce_head("lm_head_argmax", x, weight, token_ids.mutable_data_ptr<int64_t>(), nullptr,
+  auto [token_ids, logprobs] = lm_head_argmax_meta(x, weight, vocab_ranges);
+  reduce_head("lm_head_argmax", x, weight, vocab_ranges, token_ids.mutable_data_ptr<int64_t>(), nullptr,
               logprobs.mutable_data_ptr<float>());
   return {token_ids, logprobs};
 }
 
-at::Tensor lm_head_logprobs_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids) {
+at::Tensor lm_head_logprobs_cuda(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& token_ids,
+                                 OptionalRanges vocab_ranges) {
   const DeviceGuard guard(x.device());
-  at::Tensor logprobs = lm_head_logprobs_meta(x, weight, token_ids);
-  reduce_head("lm_head_logprobs", x, weight, nullptr, token_ids.const_data_ptr<int64_t>(),
+  at::Tensor logprobs = lm_head_logprobs_meta(x, weight, token_ids, vocab_ranges);
+  reduce_head("lm_head_logprobs", x, weight, vocab_ranges, nullptr, token_ids.const_data_ptr<int64_t>(),
               logprobs.mutable_data_ptr<float>());
   return logprobs;
 }
 
-std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(const at::Tensor& x, const at::Tensor& weight,
-                                                       const at::Tensor& temperature, const at::Tensor& top_k,
-                                                       const at::Tensor& top_p, const at::Tensor& min_p,
-                                                       const at::Tensor& seeds, const at::Tensor& offsets,
-                                                       const OptionalTensor& penalty_ids,
-                                                       const OptionalTensor& repetition_penalty) {
+std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(
+    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& temperature, const at::Tensor& top_k,
+    const at::Tensor& top_p, const at::Tensor& min_p, const at::Tensor& seeds, const at::Tensor& offsets,
+    const OptionalTensor& penalty_ids, const OptionalTensor& repetition_penalty, OptionalRanges vocab_ranges) {
   const DeviceGuard guard(x.device());
-  auto [token_ids, logprobs] =
-      lm_head_sample_meta(x, weight, temperature, top_k, top_p, min_p, seeds, offsets, penalty_ids, repetition_penalty);
+  auto [token_ids, logprobs] = lm_head_sample_meta(x, weight, temperature, top_k, top_p, min_p, seeds, offsets,
+                                                   penalty_ids, repetition_penalty, vocab_ranges);
   const int64_t vocab_size = weight.size(0);
   check_vocab_size("lm_head_sample", weight, cuda::kMaxSampleVocab);
   const int64_t max_rows = std::min(x.size(0), kMaxSampleRows);
@@ -132,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor> lm_head_sample_cuda(const at::Tensor& x, cons
   const Scratch<int32_t> candidate_tokens(num_candidates, x);
   for_parts(x.size(0), kMaxSampleRows, [&](int64_t row, int64_t num_rows) {
     const at::Tensor rows = x.narrow(0, row, num_rows);
-    cuda::LmHeadParams head = head_params(rows, weight, tiles.stats());
+    cuda::LmHeadParams head = head_params(rows, weight, tiles.stats(), kernel_ranges(vocab_ranges));
     head.logits = logits.data();
     cuda::SampleParams p{};
     p.tiles = head.tiles;
