@@ -97,6 +97,7 @@ class StepRunner:
             self._num_columns,
             draws=choice.draws,
             penalises=choice.penalises,
+            vocab_ranges=choice.config.vocab_ranges,
         )
 
     def launch(self, step: DecodeStep) -> None:
@@ -122,7 +123,7 @@ class GraphRunner(StepRunner):
         self.num_ahead = 1
 
     def step(self, batch_size: int, choice: TokenChoice) -> DecodeStep:
-        key = (batch_size, choice.draws, choice.penalises)
+        key = (batch_size, choice.draws, choice.penalises, choice.config.vocab_ranges)
         return self._graphs.step(key, lambda: super(GraphRunner, self).step(batch_size, choice))
 
     def shrinks(self, num_rows: int, num_going: int) -> bool:

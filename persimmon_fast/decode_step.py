@@ -20,6 +20,7 @@ from torch import Tensor
 
 from persimmon_fast import ops
 from persimmon_fast.kv_cache import PAGE_SIZE, CacheSlots, PackedBatch, PagedKVCache
+from persimmon_fast.reference import VocabRanges
 from persimmon_fast.token_choice import RowSettings, TokenChoice, draw_counter, draw_tokens
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class DecodeStep:
             most; the work of a step follows from the lengths on the device, not from this width.
         draws: whether tokens come from the sampling kernel; else the most likely ones are taken.
         penalises: whether the repetition penalty is on, which also draws.
+        vocab_ranges: of the tokens that may be chosen, see `ops.lm_head_argmax`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class DecodeStep:
         *,
         draws: bool,
         penalises: bool,
+        vocab_ranges: VocabRanges | None,
     ) -> None:
         device, capacity = cache.device, num_columns * PAGE_SIZE
 
@@ -70,7 +73,7 @@ class DecodeStep:
 
         self.batch_size = batch_size
         self.num_columns = num_columns
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._vocab_ranges = model, cache, vocab_ranges
         # tokens and log-probabilities lie in one piece, so that one copy brings both to the host
         self._results = zeros(batch_size * _RESULT_BYTES, dtype=torch.uint8)
         self.token_ids, self.logprobs = _parts(self._results)
@@ -127,11 +130,13 @@ class DecodeStep:
     def choose(self, hidden: Tensor) -> None:
         """The second half of `run`: chooses from the final hidden states [batch_size, hidden_size] of the last tokens,
         and moves the state on to the chosen ones."""
-        weight = self._model.lm_head.weight
+        weight, ranges = self._model.lm_head.weight, self._vocab_ranges
         if self._settings is None:
-            token_ids, logprobs = ops.lm_head_argmax(hidden, weight)
+            token_ids, logprobs = ops.lm_head_argmax(hidden, weight, vocab_ranges=ranges)
         else:
-            token_ids, logprobs = draw_tokens(hidden, weight, self._settings, self.draw_counters, self.penalty_ids)
+            token_ids, logprobs = draw_tokens(
+                hidden, weight, self._settings, self.draw_counters, self.penalty_ids, ranges
+            )
         self.token_ids.copy_(token_ids)
         self.logprobs.copy_(logprobs)
         self._counters.add_(1)

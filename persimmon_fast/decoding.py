@@ -160,14 +160,16 @@ class LookupDecoder:
     def _choose(self, hidden: Tensor, active: Sequence[Continuation]) -> list[Choice]:
         """The choice after each token of the step: of each sequence its last token, then its draft."""
         weight, device = self._model.lm_head.weight, hidden.device
+        ranges = self._choice.config.vocab_ranges
         if not self._choice.draws:
-            chosen = ops.lm_head_argmax(hidden, weight)
+            chosen = ops.lm_head_argmax(hidden, weight, vocab_ranges=ranges)
         else:
             places = [(s, i) for s, draft in zip(active, self._drafts, strict=True) for i in range(1 + len(draft))]
             settings = RowSettings(len(places), device)
             settings.fill(self._choice)
             counters = torch.tensor([draw_counter(s.row, len(s.tokens) + i) for s, i in places], device=device)
-            chosen = draw_tokens(hidden, weight, settings, counters, self._penalty_ids(active, places, device))
+            penalty_ids = self._penalty_ids(active, places, device)
+            chosen = draw_tokens(hidden, weight, settings, counters, penalty_ids, ranges)
         return list(zip(*(values.tolist() for values in chosen), strict=True))
 
     def _penalty_ids(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -36,6 +37,8 @@ class GenerationConfig:
         prompt_lookup_num_tokens: check up to that many tokens per step (15 at most) that earlier text suggests; None:
             none. Same tokens, fewer steps where text repeats; see docs/prompt_lookup.md.
         max_matching_ngram_size: tokens at the end that earlier text must share to suggest some, at most; down to 2.
+        vocab_ranges: up to 16 half-open, ascending ranges (begin, end) of the tokens that may be generated; the head
+            does not read the others, whose logits count as -inf. None: all. `PersimmonTokenizer.emittable_ranges`.
     """
 
     max_new_tokens: int | None = None
@@ -51,6 +54,7 @@ class GenerationConfig:
     num_return_sequences: int = 1
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int = 3
+    vocab_ranges: Sequence[tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, expected: str) -> None:
@@ -70,6 +74,12 @@ class GenerationConfig:
         check("pad_token_id", self.pad_token_id is None or is_int(self.pad_token_id), "an integer or None")
         for name in ("num_return_sequences", "max_matching_ngram_size"):
             check(name, is_int(getattr(self, name)) and getattr(self, name) > 0, "an integer > 0")
+        if self.vocab_ranges is not None:
+            check("vocab_ranges", _are_ranges(self.vocab_ranges), "pairs (begin, end), ascending, or None")
+            # lists of a JSON file too: they are hashed
+            object.__setattr__(self, "vocab_ranges", tuple((begin, end) for begin, end in self.vocab_ranges))
+            held = all(any(begin <= i < end for begin, end in self.vocab_ranges) for i in self.eos_token_ids)
+            check("vocab_ranges", held, f"ranges that hold eos_token_id {list(self.eos_token_ids)}")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -130,6 +140,17 @@ _HARMLESS_KEYS = {
     "transformers_version",
     "use_cache",
 }
+
+
+def _are_ranges(value: object) -> bool:
+    """Whether these are pairs of integers 0 <= begin < end, each behind the one before."""
+    if not isinstance(value, Sequence) or not value:
+        return False
+    if not all(isinstance(pair, Sequence) and len(pair) == 2 and all(is_int(i) for i in pair) for pair in value):
+        return False
+    bounds = [i for pair in value for i in pair]
+    ascending = all(begin < end for begin, end in value) and all(a <= b for a, b in itertools.pairwise(bounds))
+    return ascending and bounds[0] >= 0
 
 
 def is_int(value: object) -> bool:

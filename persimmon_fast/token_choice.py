@@ -13,6 +13,7 @@ from torch import Tensor
 
 from persimmon_fast import ops
 from persimmon_fast.generation_config import GenerationConfig
+from persimmon_fast.reference import VocabRanges
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,15 @@ class RowSettings:
 
 
 def draw_tokens(
-    hidden: Tensor, weight: Tensor, settings: RowSettings, counters: Tensor, penalty_ids: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    settings: RowSettings,
+    counters: Tensor,
+    penalty_ids: Tensor | None,
+    vocab_ranges: VocabRanges | None,
 ) -> tuple[Tensor, Tensor]:
     """(token, log-probability) of each row of hidden [num_rows, hidden_size]; counters: [num_rows] int64, see
-    `draw_counter`; penalty_ids: see `ops.lm_head_sample`."""
+    `draw_counter`; penalty_ids, vocab_ranges: see `ops.lm_head_sample`."""
     return ops.lm_head_sample(
         hidden,
         weight,
@@ -77,4 +83,5 @@ def draw_tokens(
         counters,
         penalty_ids,
         settings.repetition_penalty if penalty_ids is not None else None,
+        vocab_ranges=vocab_ranges,
     )

@@ -300,6 +300,17 @@ class PersimmonTokenizer:
             raise ValueError(f"token id {token_id} lies outside of this tokenizer's {self.vocab_size} pieces")
         return str(self.sp.id_to_piece(token_id))
 
+    def emittable_ranges(self) -> list[tuple[int, int]]:
+        """At most 16 half-open ranges that hold every id that this tokenizer makes of some text, byte pieces, and
+        control and special tokens: what `generate(vocab_ranges=...)` takes. Ids in gaps shorter than 128 are left in,
+        since a head gains nothing by skipping them; ids beyond the model are not.
+
+        Exact for texts tokenized as `encode` does it; training on sampled segmentations reaches more ids.
+        """
+        from persimmon_fast import vocabulary
+
+        return vocabulary.ranges_of(vocabulary.emittable_ids(self))
+
     # ------------------------------------------------------------ chat
 
     def apply_chat_template(
