@@ -57,7 +57,7 @@ MUTANTS = [
     in_stream("the tail of k holds neighbours", "row < p.n && column < input.k;", "row < p.n;"),
     in_stream("rows behind the last are read", "row < p.n && column < input.k;", "column < input.k;"),
     in_stream("unaligned rows behind the last are read", "row < p.n ? input.k : 0", "input.k"),
-    in_stream("the copies go to the next unit, not to this block's", "(gridDim.x - 1) * kUnit", "0 * kUnit"),
+    in_stream("the copies go to the next unit, not to this block's", "(gridDim.x - 1) * kUnit", "(1 - 1) * kUnit"),
     in_stream(
         "the copies pass over the last step", "if (step < num_steps) return;", "if (step + 1 < num_steps) return;"
     ),
