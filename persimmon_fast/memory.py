@@ -6,7 +6,7 @@ page. With pages of 2 MiB it does not. Linux gives them to who asks (transparent
 "always"), for fresh memory everywhere and for mapped files where the file system can (ext4 from Linux 6.16, xfs).
 Asking costs nothing where there are none.
 
-Measured: decode of four layers of the 8B shape in bf16 on two cores, docs/cpu.md.
+What it gains: docs/cpu.md.
 """
 
 from __future__ import annotations
