@@ -52,6 +52,8 @@ from persimmon_fast import measure as machine_limits
 AGREEMENT = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of logits, relative to the largest
 _SPARE_BYTES = 2.0e9  # for everything that is neither weight nor cache
 
+_READS_PER_SAMPLE = 8  # of the read limit, 0.5 GB each
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -165,7 +167,7 @@ class DecodeBenchmark:
         seconds = measure(
             {mode.name: self._variant(mode, tokens) for mode in modes}
             # llama.cpp's threads spin on for a while after a call, and slow down what comes next
-            | {"rest": lambda call: time.sleep(0.1), "limit": self._read.variant},
+            | {"rest": lambda call: time.sleep(0.1), "limit": self._limit},
             self._timer,
             self._budget,
         )
@@ -183,6 +185,11 @@ class DecodeBenchmark:
 
         return variant
 
+    def _limit(self, call: int) -> None:
+        """Reads for about as long as a sample decodes: the first moments after a rest are slower."""
+        for part in range(_READS_PER_SAMPLE):
+            self._read.variant(call * _READS_PER_SAMPLE + part)
+
     def _section(
         self,
         cell: Cell,
@@ -190,7 +197,7 @@ class DecodeBenchmark:
         zeros: dict[float | None, tuple[float, float]],
         seconds: dict[str, list[float]],
     ) -> dict[str, Any]:
-        rate = self._read.rate(seconds.pop("limit"))
+        rate = self._read.rate([s / _READS_PER_SAMPLE for s in seconds.pop("limit")])
         dense_bytes = self._step_bytes(cell, 0.0)
         variants = {}
         for mode in modes:

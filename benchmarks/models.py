@@ -31,6 +31,9 @@ DECODER_OPS = (
 _DENSE_MARGIN = 1.5
 
 
+_NUM_POSITIONS = 16384 + 512  # the model's own, and those of the tokens that are decoded behind them
+
+
 def slice_config(small: bool) -> PersimmonConfig:
     """Four layers of Persimmon-8B with 29,184 = 262,144 * 4 / 36 (rounded up to a multiple of 256) tokens of
     vocabulary: the proportions of the whole model; small: as many of the shape of the model that is shipped."""
@@ -44,12 +47,14 @@ def slice_config(small: bool) -> PersimmonConfig:
             max_position_embeddings=4096,
             eos_token_id=None,
         )
-    return PersimmonConfig(vocab_size=29184, num_hidden_layers=4, eos_token_id=None)
+    return PersimmonConfig(
+        vocab_size=29184, num_hidden_layers=4, max_position_embeddings=_NUM_POSITIONS, eos_token_id=None
+    )
 
 
 def full_config() -> PersimmonConfig:
-    """Persimmon-8B as it is."""
-    return PersimmonConfig(eos_token_id=None)
+    """Persimmon-8B, with room for what is decoded behind its whole context."""
+    return PersimmonConfig(max_position_embeddings=_NUM_POSITIONS, eos_token_id=None)
 
 
 def describe(model: PersimmonForCausalLM) -> dict[str, Any]:
