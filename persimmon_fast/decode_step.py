@@ -92,6 +92,7 @@ class DecodeStep:
             max_seqlen_q=1,
             slots=CacheSlots(self.slot_mapping, self.page_table, self.cache_seqlens),
         )
+        self._decoder = model.model.bind(self.batch, cache)
 
     def load(self, sequences: Sequence[Continuation], choice: TokenChoice) -> None:
         """Starts from these sequences, one per row of the cache: `choose` comes next if they have no new token yet,
@@ -120,12 +121,9 @@ class DecodeStep:
 
     def run(self) -> None:
         """The next token of every row."""
-        decoder = self._model.model
         # ops alone, no value of this step on the host: see the module's docstring
-        embeds = decoder.embed_tokens(self.token_ids)
         torch.gather(self._slots, 1, self.position_ids.unsqueeze(1), out=self.slot_mapping.unsqueeze(1))
-        hidden, _ = decoder.forward_batch(embeds, self.batch, self._cache)
-        self.choose(hidden)
+        self.choose(self._decoder(self.token_ids))
 
     def choose(self, hidden: Tensor) -> None:
         """The second half of `run`: chooses from the final hidden states [batch_size, hidden_size] of the last tokens,
@@ -148,6 +146,7 @@ class DecodeStep:
         """Before each `run` of a model whose rotary table depends on the longest sequence."""
         table = self._model.model.rotary(seq_len, self._cache.device)
         self.batch = dataclasses.replace(self.batch, cos_sin=table)
+        self._decoder = self._model.model.bind(self.batch, self._cache)
 
     def results(self) -> Callable[[], list[Choice]]:
         """Starts to bring what was chosen last to the host, and returns what waits for it."""
