@@ -177,7 +177,9 @@ def test_inputs_embeds_equal_ids(ours):
 
 def test_sampling_does_not_see_logits_in_python(ours, monkeypatch):
     calls = []
-    monkeypatch.setattr(ops, "lm_head_sample", lambda *a, real=ops.lm_head_sample: calls.append(1) or real(*a))
+    monkeypatch.setattr(
+        ops, "lm_head_sample", lambda *a, real=ops.lm_head_sample, **k: calls.append(1) or real(*a, **k)
+    )
     ours.generate(random_ids(1, 4), do_sample=True, max_new_tokens=3, eos_token_id=None)
     assert len(calls) == 3
 
