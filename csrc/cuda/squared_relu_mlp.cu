@@ -1,5 +1,8 @@
 // squared_relu_mlp: out[m] = (sum_n h[m, n]^2 D[:, n] + b_d) + residual[m],  h[m, n] = relu(x[m] . U[n] + b_u[n])
 //
+// Up to 16 rows, D neuron-major: the first product is streamed (stream.cuh) and leaves h and masks of active neurons;
+// the second, squared_relu_down.cu, reads their rows of D alone. Else:
+//
 // Tile      two products of gemm.cuh. The first writes h, unsquared, in the dtype of x; the second squares its A
 //           operand in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of
 //           gemm.cuh
@@ -100,6 +103,7 @@ struct ActiveEpilogue {
 #pragma unroll
         for (int i = 0; i < kChunk; ++i) {
           const int row = group * kChunk + i;
+          // Behind the last neuron stand products with zeros: NaN where x has an inf or a NaN.
           const float z = exists && row < tile.rows ? tile.at(row, col) + b : 0.0f;
           const float relu = z <= 0.0f ? 0.0f : z;  // NaN stays
           from_float(kIsHalf ? relu : relu * relu, chunk.values[i]);

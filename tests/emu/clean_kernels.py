@@ -101,6 +101,12 @@ def grid_barrier(library: Library) -> None:
     np.testing.assert_array_equal(out, np.add.outer(100 * ((np.arange(4) + 1) % 4), LANES))
 
 
+def byte_permutes(library: Library) -> None:
+    out = np.zeros(3, np.uint32)
+    library.run("byte_permutes", out)
+    assert list(out) == [0x55441100, 0x77663322, 0x00116677]
+
+
 def math(library: Library) -> None:
     x = np.float32(0.3)
     out = np.zeros(10, np.float32)
@@ -113,8 +119,8 @@ def math(library: Library) -> None:
 
 
 CHECKS = (
-    builtin_variables, shuffles, votes, reductions, atomics, cp_async_sizes, cp_async_pipeline, named_barriers,
-    chain_of_blocks, grid_barrier, math,
+    builtin_variables, shuffles, votes, reductions, atomics, byte_permutes, cp_async_sizes, cp_async_pipeline,
+    named_barriers, chain_of_blocks, grid_barrier, math,
 )  # fmt: skip
 # The correct variants of the kernels of test_faults.py whose threads depend on each other.
 CORRECT = (

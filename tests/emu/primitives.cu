@@ -158,6 +158,13 @@ CASE(grid_barrier, 4, 32, 0) {
   args.array<int>(2)[blockIdx.x * 32 + threadIdx.x] = values[(blockIdx.x + 1) % 4 * 32 + threadIdx.x];
 }
 
+CASE(byte_permutes, 1, 1, 0) {
+  unsigned* out = args.array<unsigned>(0);
+  out[0] = __byte_perm(0x33221100u, 0x77665544u, 0x5410);
+  out[1] = __byte_perm(0x33221100u, 0x77665544u, 0x7632);
+  out[2] = __byte_perm(0x33221100u, 0x77665544u, 0x0167);
+}
+
 CASE(math, 1, 1, 0) {
   float* out = args.array<float>(0);
   const float x = out[0];
