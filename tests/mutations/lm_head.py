@@ -9,6 +9,7 @@ MUTANTS = [
     Mutant("all tokens of such a tile count", "if (!whole)", "if (false)", tests=RANGES),
     Mutant("a range ends one token late", "end <= ranges.end[i]", "begin <= ranges.end[i]", STATS, RANGES),
     Mutant("a tile that is skipped keeps old statistics", "tiles.max[place] = -INFINITY;", "", tests=RANGES),
+    Mutant("a tile that is skipped keeps old logits", "if (logits == nullptr) return;", "return;", tests=RANGES),
     Mutant(
         "a tile that is skipped can be the best",
         "tiles.token[place] = INT32_MAX;",

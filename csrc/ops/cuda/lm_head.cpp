@@ -38,7 +38,11 @@ struct Scratch {
   at::Tensor bytes;
 
   Scratch(int64_t count, const at::Tensor& like)
-      : bytes(at::empty({count * static_cast<int64_t>(sizeof(T))}, like.options().dtype(at::kByte))) {}
+      : bytes(at::empty({count * static_cast<int64_t>(sizeof(T))}, like.options().dtype(at::kByte))) {
+#ifdef PF_EMULATE
+    bytes.fill_(0x7f);  // 3.4e38 in every float: what is read before it is written shows
+#endif
+  }
   T* data() const { return reinterpret_cast<T*>(bytes.mutable_data_ptr()); }
 };
 
