@@ -69,7 +69,7 @@ MUTANTS = [
     in_stream("fp32: half of the lanes' sums", "sum_lanes<4>", "sum_lanes<2>", SUMS),
     in_stream("unaligned: the tail of x holds neighbours", "if (column + i < size)", "if (column < size)", INPUT),
     in_stream("the tail of x holds neighbours", "if (column < size) bits =", "bits =", INPUT),
-    in_stream("rows of x lie in one another's place", "(chunk / 4) * rows + row", "(chunk / 4) * rows", INPUT),
+    in_stream("rows of x lie in one another's place", "(chunk / 4) * rows + row", "(chunk / 4) * rows + 0 * row", INPUT),
     in_stream(
         "a plan that does not fit",
         "fits = with_x <= limits.smem_per_block",
