@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -120,11 +121,11 @@ def _compile_step(source: Path, output: Path, flags: list[str], overlay: Path | 
     return _Step(output, [*command, "-c", str(source), "-o", str(output)], [source])
 
 
-def build(name: str, *, overlay: Path | None = None, changed: str = "", folder: Path = FOLDER) -> Path:
+def build(name: str, *, overlay: Path | None = None, changed: Sequence[str] = (), folder: Path = FOLDER) -> Path:
     """Builds a variant, what changed of it, and returns the library.
 
-    overlay: a folder of sources that take the place of the checkout's files of the same path; then only the kernel file
-    csrc/cuda/<changed>.cu is compiled with them, into `folder`, and linked with the checkout's other objects.
+    overlay: a folder of sources that take the place of the checkout's files of the same path; then only the kernel
+    files csrc/cuda/<changed>.cu are compiled with them, into `folder`, and linked with the checkout's other objects.
     """
     # The op layer is not instrumented, so its objects are shared by the variants.
     steps = [
@@ -132,7 +133,7 @@ def build(name: str, *, overlay: Path | None = None, changed: str = "", folder: 
         for source in sorted((ROOT / "csrc/ops/cuda").glob("*.cpp"))
     ]
     for source in [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/emu/library.cpp"]:
-        if overlay and source.stem == changed:
+        if overlay and source.stem in changed:
             replaced = overlay / source.relative_to(ROOT)
             output = folder / name / f"{source.stem}.o"
             steps.append(_compile_step(replaced if replaced.exists() else source, output, VARIANTS[name], overlay))

@@ -42,7 +42,9 @@ class Mutant(NamedTuple):
     new: str
     file: str = ""  # "": csrc/cuda/<family>.cu
     tests: str = ""  # the family's test file, "": tests/test_<family>.py
-    kernel: str = ""  # the kernel file that is compiled with it, "": <family>.cu
+    # The kernel files that are compiled with it, (): <family>.cu. Of a function of a header that several of them hold
+    # the linker takes the first, in alphabetical order.
+    kernels: tuple[str, ...] = ()
 
 
 def mutants(family: str) -> list[Mutant]:
@@ -85,7 +87,7 @@ def found_by(name: str) -> tuple[str, str] | None:
     family, mutant = lookup(name)
     overlay = write_overlay(name)
     for run, (variant, settings) in emulator.RUNS.items():
-        library = emulator.build(variant, overlay=overlay, changed=mutant.kernel or family, folder=overlay)
+        library = emulator.build(variant, overlay=overlay, changed=mutant.kernels or (family,), folder=overlay)
         try:
             settings = settings | {"PF_EMU_LIBRARY": str(library)}
             tests = f"tests/{mutant.tests or f'test_{family}.py'}"

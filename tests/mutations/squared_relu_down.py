@@ -5,7 +5,7 @@ UP = "csrc/cuda/squared_relu_mlp.cu"
 
 
 def in_up(what: str, old: str, new: str, tests: str = "") -> Mutant:
-    return Mutant(what, old, new, UP, tests, kernel="squared_relu_mlp")
+    return Mutant(what, old, new, UP, tests, kernels=("squared_relu_mlp",))
 
 
 MUTANTS = [

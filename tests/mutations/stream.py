@@ -6,11 +6,11 @@ SUMS = "csrc/cuda/stream_sums.cuh"
 
 
 def in_stream(what: str, old: str, new: str, file: str = STREAM) -> Mutant:
-    return Mutant(what, old, new, file, kernel="linear_residual")
+    return Mutant(what, old, new, file, kernels=("linear_residual",))
 
 
 def in_norm(what: str, old: str, new: str) -> Mutant:
-    return Mutant(what, old, new, INPUT, tests="test_input_norm.py", kernel="qkv_norm_rope")
+    return Mutant(what, old, new, INPUT, tests="test_input_norm.py", kernels=("linear_residual", "qkv_norm_rope"))
 
 
 MUTANTS = [
@@ -33,7 +33,7 @@ MUTANTS = [
         "",
         STREAM,
         tests="test_lm_head.py",
-        kernel="lm_head",
+        kernels=("lm_head",),
     ),
     in_stream(
         "no barrier between partial sums and their reader",
@@ -69,7 +69,9 @@ MUTANTS = [
     in_stream("fp32: half of the lanes' sums", "sum_lanes<4>", "sum_lanes<2>", SUMS),
     in_stream("unaligned: the tail of x holds neighbours", "if (column + i < size)", "if (column < size)", INPUT),
     in_stream("the tail of x holds neighbours", "if (column < size) bits =", "bits =", INPUT),
-    in_stream("rows of x lie in one another's place", "(chunk / 4) * rows + row", "(chunk / 4) * rows + 0 * row", INPUT),
+    in_stream(
+        "rows of x lie in one another's place", "(chunk / 4) * rows + row", "(chunk / 4) * rows + 0 * row", INPUT
+    ),
     in_stream(
         "a plan that does not fit",
         "fits = with_x <= limits.smem_per_block",
