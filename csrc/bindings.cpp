@@ -7,7 +7,6 @@
 #include "build_info.h"
 #include "csrc/cpu/isa.h"
 #include "csrc/cuda/dependent_launch.h"
-#include "csrc/ops/huge_pages.h"
 #include "csrc/ops/read_memory.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -22,7 +21,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_dependent_launches",
         [](bool allowed) { return std::exchange(persimmon_fast::cuda::dependent_launches(), allowed); });
 
-  m.def("advise_huge_pages", &persimmon_fast::advise_huge_pages);
   m.def("read_memory", &persimmon_fast::read_memory, pybind11::call_guard<pybind11::gil_scoped_release>());
 
   m.attr("build_summary") = PF_SUMMARY;      // one line: version, instruction sets, CUDA, compiler, torch

@@ -36,8 +36,7 @@ from persimmon_fast.checkpoint_files import (
 )
 from persimmon_fast.checkpoint_save import save_checkpoint
 from persimmon_fast.checkpoint_tensors import DOWN_PROJECTION, EMBEDDING, HEAD, expected_tensors
-from persimmon_fast.memory import use_huge_pages
-from persimmon_fast.ops import to_neuron_major
+from persimmon_fast.memory import to_neuron_major, use_huge_pages
 
 if TYPE_CHECKING:
     from persimmon_fast.config import PersimmonConfig

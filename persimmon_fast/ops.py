@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from persimmon_fast import extension, reference  # noqa: F401  extension registers the ops
-from persimmon_fast.memory import empty_huge
+from persimmon_fast.memory import to_neuron_major as to_neuron_major
 
 _FORCE_REFERENCE = os.environ.get("PERSIMMON_FAST_FORCE_REFERENCE", "0") not in ("", "0")
 MAX_HEAD_DIM = 128
@@ -408,15 +408,6 @@ def squared_relu_mlp(
         norm_eps,
     )
     return out.view(*x.shape[:-1], down_weight.shape[0])
-
-
-def to_neuron_major(down_weight: Tensor) -> Tensor:
-    """The same [hidden_size, intermediate_size] matrix, lying in memory as one row per neuron (strides
-    (1, hidden_size)); the tensor itself where it lies so already."""
-    rows = down_weight.t()
-    if rows.is_contiguous():
-        return down_weight
-    return empty_huge(rows.shape, rows.dtype, rows.device).copy_(rows).t()
 
 
 def _flat(vocab_ranges: reference.VocabRanges | None) -> list[int] | None:

@@ -20,6 +20,7 @@ from helpers import CUDA, DTYPES, EMU, backend
 from persimmon_fast import _C, SMALL_MODEL, PersimmonForCausalLM, measure
 from persimmon_fast.cli import doctor, selfcheck, session, terminal
 from persimmon_fast.cli.device import choose_device
+from persimmon_fast.decode_step import DecodeStep
 
 DEFAULT_ARCHS = "80-real, 90a-real, 90-virtual"
 Pretend = Callable[..., None]
@@ -205,13 +206,18 @@ def test_a_gpu_is_waited_for_before_a_time_is_taken(
     assert opened.load_seconds == 1000.0
     assert len(waited) == 1
     steps = iter([1.0, 10.0, 100.0])
-    forward_batch = opened.model.model.forward_batch
+    forward_batch, run = opened.model.model.forward_batch, DecodeStep.run
 
     def timed_forward(*arguments: Any, **settings: Any) -> Any:
         clock[0] += next(steps)
         return forward_batch(*arguments, **settings)
 
+    def timed_run(step: DecodeStep) -> None:
+        clock[0] += next(steps)
+        run(step)
+
     monkeypatch.setattr(opened.model.model, "forward_batch", timed_forward)
+    monkeypatch.setattr(DecodeStep, "run", timed_run)
     result = opened.generate(opened.encode("x"), lambda text: None)
     assert waited == [torch.device("cuda:1")] * 2
     assert (result.prefill_seconds, result.decode_seconds) == (1.0, 110.0)
