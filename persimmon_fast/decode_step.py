@@ -93,6 +93,7 @@ class DecodeStep:
             slots=CacheSlots(self.slot_mapping, self.page_table, self.cache_seqlens),
         )
         self._decoder = model.model.bind(self.batch, cache)
+        self._head = model.lm_head.weight
 
     def load(self, sequences: Sequence[Continuation], choice: TokenChoice) -> None:
         """Starts from these sequences, one per row of the cache: `choose` comes next if they have no new token yet,
@@ -128,12 +129,11 @@ class DecodeStep:
     def choose(self, hidden: Tensor) -> None:
         """The second half of `run`: chooses from the final hidden states [batch_size, hidden_size] of the last tokens,
         and moves the state on to the chosen ones."""
-        weight, ranges = self._model.lm_head.weight, self._vocab_ranges
         if self._settings is None:
-            token_ids, logprobs = ops.lm_head_argmax(hidden, weight, vocab_ranges=ranges)
+            token_ids, logprobs = ops.lm_head_argmax(hidden, self._head, vocab_ranges=self._vocab_ranges)
         else:
             token_ids, logprobs = draw_tokens(
-                hidden, weight, self._settings, self.draw_counters, self.penalty_ids, ranges
+                hidden, self._head, self._settings, self.draw_counters, self.penalty_ids, self._vocab_ranges
             )
         self.token_ids.copy_(token_ids)
         self.logprobs.copy_(logprobs)

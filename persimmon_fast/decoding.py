@@ -46,9 +46,9 @@ class StepDecoder:
         hidden: Tensor,
         max_new_tokens: int,
     ) -> None:
-        """hidden [num_sequences, hidden_size]: final states of the prompts' last tokens, which are in runner.cache."""
+        """hidden [num_sequences, hidden_size]: final states of the prompts' last tokens, which are in runner.cache; the
+        pages of all that may follow are reserved."""
         self._runner, self._choice = runner, choice
-        runner.cache.reserve([max_new_tokens] * len(sequences))
         self._step = self._loaded(sequences)
         self._step.choose(hidden)
         self._steps_left = max_new_tokens - 1
@@ -101,7 +101,6 @@ class LookupDecoder:
         assert config.prompt_lookup_num_tokens is not None
         prompts = [s.prompt_ids for s in sequences]
         self._model, self._runner, self._cache, self._choice = model, runner, runner.cache, choice
-        runner.cache.reserve([max_new_tokens] * len(sequences))
         self._step: DecodeStep | None = None  # of these sequences, once it has been needed
         self._step_is_current = False
         self._max_new_tokens = max_new_tokens

@@ -127,6 +127,7 @@ class GenerationMixin:
             hidden = self._prefill(prompts, cache).repeat_interleave(config.num_return_sequences, dim=0)
             cache.repeat_interleave(config.num_return_sequences)
             sequences = prompts.continuations(config.num_return_sequences)
+            cache.reserve([max_new_tokens] * len(sequences))
             decoder: Decoder
             if config.prompt_lookup_num_tokens is None:
                 decoder = StepDecoder(runner, choice, sequences, hidden, max_new_tokens)

@@ -131,7 +131,7 @@ class PersimmonDecoderLayer(nn.Module):
         x = self.self_attn(x, self.input_layernorm, batch, kv)
         return self.mlp(x, self.post_attention_layernorm)
 
-    def bind(self, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Block:
+    def bind(self, batch: PackedBatch, kv: tuple[Tensor, Tensor]) -> Block:
         """`forward` of x alone: no module is called, so none of their hooks either."""
         attention = self.self_attn.bind(self.input_layernorm, batch, kv)
         mlp = self.mlp.bind(self.post_attention_layernorm)

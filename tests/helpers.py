@@ -6,7 +6,7 @@ same formula in the tested dtype, plus a floor per dtype (one table, below) for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,13 @@ def emulated() -> Iterator[None]:
     finally:
         ops._library = "persimmon_fast"
         torch.use_deterministic_algorithms(deterministic)
+
+
+def emulator_counts(run: Callable[[], object]) -> dict[str, int]:
+    """What the emulator counts while `run` runs."""
+    before = dict(torch.ops.persimmon_fast_emu.stats())
+    run()
+    return {name: count - before[name] for name, count in torch.ops.persimmon_fast_emu.stats().items()}
 
 
 @contextmanager

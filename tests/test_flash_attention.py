@@ -7,7 +7,20 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, CUDA, DTYPES, EMU, FLOOR, ISAS, assert_within_contract, backend, cpu_isa, max_error, randn
+from helpers import (
+    BACKENDS,
+    CUDA,
+    DTYPES,
+    EMU,
+    FLOOR,
+    ISAS,
+    assert_within_contract,
+    backend,
+    cpu_isa,
+    emulator_counts,
+    max_error,
+    randn,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from persimmon_fast import ops, reference
@@ -316,11 +329,9 @@ def test_same_bits_on_every_run(name, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_matrix_loads_have_no_bank_conflicts(name, head_dim):
     with backend(name):
-        before = torch.ops.persimmon_fast_emu.stats()
-        packed(*inputs(130, 150, torch.bfloat16, num_heads=1, head_dim=head_dim), [130], [150])
-        after = torch.ops.persimmon_fast_emu.stats()
-    wavefronts, ideal = (after[key] - before[key] for key in ("ldmatrix_wavefronts", "ldmatrix_wavefronts_ideal"))
-    assert wavefronts == ideal > 0
+        args = inputs(130, 150, torch.bfloat16, num_heads=1, head_dim=head_dim)
+        counts = emulator_counts(lambda: packed(*args, [130], [150]))
+    assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, CUDA, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, randn
+from helpers import BACKENDS, CUDA, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, emulator_counts, randn
 
 import persimmon_fast
 from persimmon_fast import ops, reference
@@ -179,13 +179,6 @@ def test_runs_on_the_current_stream(name):
         assert torch.equal(out, ops.linear_residual(*args))
 
 
-def counted(fn) -> dict[str, int]:
-    """What the emulator counts while fn runs."""
-    before = dict(torch.ops.persimmon_fast_emu.stats())
-    fn()
-    return {name: count - before[name] for name, count in torch.ops.persimmon_fast_emu.stats().items()}
-
-
 @pytest.mark.parametrize("name", [EMU])
 @pytest.mark.parametrize(
     ("rows", "k", "n", "blocks"),
@@ -194,7 +187,7 @@ def counted(fn) -> dict[str, int]:
 def test_blocks_and_bank_conflicts(name, rows, k, n, blocks):
     with backend(name) as device:
         args = inputs(rows, k, n, torch.bfloat16, device)
-        counts = counted(lambda: ops.linear_residual(*args))
+        counts = emulator_counts(lambda: ops.linear_residual(*args))
     assert counts["blocks"] == blocks
     assert counts["mmas"] > 0
     assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, randn
+from helpers import BACKENDS, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, emulator_counts, randn
 from test_flash_attention import GPU_KERNELS, SANITIZED_DTYPES, cu_seqlens, packed, plain_torch
 
 from persimmon_fast import ops, reference
@@ -221,11 +221,8 @@ def test_softmax_scale(name, dtype, scale):
 def test_matrix_loads_have_no_bank_conflicts(name, head_dim):
     q, _, _, *cache = paged_inputs([3], [150], torch.bfloat16, num_heads=1, head_dim=head_dim)
     with backend(name):
-        before = torch.ops.persimmon_fast_emu.stats()
-        run(q, *cache, [3])
-        after = torch.ops.persimmon_fast_emu.stats()
-    wavefronts, ideal = (after[key] - before[key] for key in ("ldmatrix_wavefronts", "ldmatrix_wavefronts_ideal"))
-    assert wavefronts == ideal > 0
+        counts = emulator_counts(lambda: run(q, *cache, [3]))
+    assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import emulator
 import pytest
 import torch
-from helpers import CUDA, DTYPES, EMU, assert_within_contract, backend, randn
+from helpers import CUDA, DTYPES, EMU, assert_within_contract, backend, emulator_counts, randn
 from test_squared_relu_mlp import expected, plain, run
 from test_stream import dependent_launches
 from torch import Tensor
@@ -267,10 +267,7 @@ def test_up_to_16_rows_skip(name, dtype):
 def test_two_launches_without_bank_conflicts(name, rows):
     with backend(name) as device:
         args = with_activations(activations(rows, 500, every(500, 0.3)), 300, torch.bfloat16, device)
-        before = dict(torch.ops.persimmon_fast_emu.stats())
-        run(*args)
-        after = torch.ops.persimmon_fast_emu.stats()
-    counts = {name: after[name] - before[name] for name in before}
+        counts = emulator_counts(lambda: run(*args))
     assert counts["launches"] == 2
     assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0
 

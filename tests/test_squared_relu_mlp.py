@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import BACKENDS, CUDA, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, randn
+from helpers import BACKENDS, CUDA, DTYPES, EMU, ISAS, assert_within_contract, backend, cpu_isa, emulator_counts, randn
 
 from persimmon_fast import ops, reference
 
@@ -326,10 +326,7 @@ def test_runs_on_the_current_stream(name):
 def test_no_bank_conflicts(name, neuron_major, rows, hidden, intermediate):
     with backend(name) as device:
         args = inputs(rows, hidden, intermediate, torch.float16, neuron_major, device)
-        before = dict(torch.ops.persimmon_fast_emu.stats())
-        run(*args)
-        after = torch.ops.persimmon_fast_emu.stats()
-    counts = {name: after[name] - before[name] for name in before}
+        counts = emulator_counts(lambda: run(*args))
     assert counts["launches"] == 2
     assert counts["ldmatrix_wavefronts"] == counts["ldmatrix_wavefronts_ideal"] > 0
 

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "csrc/common/ceil_div.h"
+
 #ifdef PF_EMULATE
 
 #include <driver_types.h>  // cudaError_t, cudaStream_t
@@ -36,11 +38,6 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
 // What a block may use on every GPU from sm_80 on: sm_86 and sm_89 give the least.
 constexpr size_t kMaxSmemBytes = 99 * 1024;
-
-template <typename T>
-constexpr T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
-}
 
 #ifndef PF_EMULATE
 class SmemCarver {

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "csrc/common/ceil_div.h"
+
 namespace persimmon_fast::cuda {
 
 // Large: 128 x 128. Small: 64 rows x 64 columns, or x 128 where an epilogue needs whole heads of 128.
 enum class GemmTile { kLarge, kSmall };
 
-constexpr int64_t num_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+constexpr int64_t num_tiles(int64_t size, int64_t tile) { return ceil_div(size, tile); }
 
 // Cycles of an A100 multiprocessor for 16 steps of k of a tile: 1,024 multiplications each, or, where that takes more,
 // 128 bytes of shared memory each (docs/kernels/gemm.md). 256 for the large tile, 96 and 144 for the small ones.

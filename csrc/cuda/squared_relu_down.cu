@@ -21,8 +21,8 @@
 // Bound     memory. It is the same kernel where all neurons are active: a piece of 512 bytes of a row is 4 lines, in a
 //           gather too. Chosen by the list alone, so a recorded graph fits every density
 // Resources ptxas -v, registers (8.0, 8.6, 8.9; 9.0a), no spills, no stack. 16-bit: 70 to 94; 71 to 94. fp32: 72 to
-// 123; 71 to 121. Shared:
-//           77 KB (up to 8 rows), 85 KB; fp32 up to 83 KB: one block per multiprocessor is enough
+//           123; 71 to 121. Shared: 77 KB (up to 8 rows), 85 KB; fp32 up to 83 KB: one block per multiprocessor is
+//           enough
 // Numerics  fp32 sums. fp16: as squared_relu_mlp.cu, (h 2^-e)^2 with the row's e. bf16: h^2 is rounded once, by the
 //           first product. Active neurons are multiplied for every row: 0 * inf is NaN there, and adds exactly nothing
 //           else; but which neurons share an mma and a part follows from all rows, so a row's bits change with the

@@ -5,11 +5,13 @@
 
 #include <cstdint>
 
+#include "csrc/common/ceil_div.h"
 #include "csrc/common/dtype.h"
+#include "csrc/cuda/stream_plan.h"
 
 namespace persimmon_fast::cuda {
 
-constexpr int64_t kMaxSkipRows = 16;
+constexpr int64_t kMaxSkipRows = kStreamMaxRows;  // the first product is streamed
 constexpr int64_t kNeuronsPerMask = 32;
 
 constexpr int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -30,11 +32,11 @@ struct DownShape {
 constexpr DownShape down_shape(DType dtype, int64_t num_rows, int64_t hidden_size, int num_multiprocessors) {
   DownShape shape{};
   shape.slice_columns = DownShape::kSliceBytes / dtype_bytes(dtype);
-  shape.num_slices = (hidden_size + shape.slice_columns - 1) / shape.slice_columns;
+  shape.num_slices = ceil_div(hidden_size, shape.slice_columns);
   const int64_t parts = num_multiprocessors / shape.num_slices;
   shape.num_parts = parts > 1 ? parts : 1;
   shape.rows_per_group = 16 / dtype_bytes(dtype);
-  const int64_t groups = (num_rows + shape.rows_per_group - 1) / shape.rows_per_group;
+  const int64_t groups = ceil_div(num_rows, shape.rows_per_group);
   shape.num_groups = groups == 3 ? 4 : groups;
   return shape;
 }
@@ -54,10 +56,10 @@ inline int64_t cut_down_scratch(char* base, const DownShape& shape, DType dtype,
   int64_t offset = 0;
   const auto take = [&](int64_t bytes) {
     const int64_t begin = offset;
-    offset += (bytes + 15) / 16 * 16;
+    offset += ceil_div<int64_t>(bytes, 16) * 16;
     return base == nullptr ? nullptr : base + begin;
   };
-  const int64_t num_masks = (intermediate_size + kNeuronsPerMask - 1) / kNeuronsPerMask;
+  const int64_t num_masks = ceil_div(intermediate_size, kNeuronsPerMask);
   scratch.hidden = take(intermediate_size * shape.num_groups * 16);
   scratch.active = reinterpret_cast<uint32_t*>(take(num_masks * 4));
   scratch.largest = reinterpret_cast<uint16_t*>(take(dtype == DType::kFloat16 ? num_masks * shape.num_groups * 16 : 0));

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "csrc/common/ceil_div.h"
 #include "csrc/cuda/device_limits.h"
 
 namespace persimmon_fast::cuda {
@@ -17,7 +18,7 @@ constexpr int kStreamStepBytes = 128;  // of a weight row: what a warp takes of 
 constexpr size_t kStreamRingBytes = size_t{kStreamStages} * kStreamWarps * kStreamGroup * kStreamStepBytes;
 
 constexpr int64_t stream_steps(int64_t k, int64_t element_bytes) {
-  return (k * element_bytes + kStreamStepBytes - 1) / kStreamStepBytes;
+  return ceil_div<int64_t>(k * element_bytes, kStreamStepBytes);
 }
 
 // Bytes of shared memory: of x, of the partial sums (two buffers), of the finished sums of a unit of weight rows.

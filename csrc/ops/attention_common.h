@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "csrc/common/ceil_div.h"
 #include "csrc/cpu/attention.h"
 #include "csrc/ops/attention_checks.h"
 
@@ -40,31 +41,13 @@ inline int64_t item_cost(const cpu::AttentionParams& p, const cpu::AttentionSequ
   return (std::max<int64_t>(0, end - begin) + kFixedCost) * (last_query - first_query);
 }
 
-// Where each of num_tasks tasks begins, and the end: ranges of work items that take about as long. Items differ: the
-// last split of a sequence may hold one key.
-inline std::vector<int64_t> balanced_ranges(const cpu::AttentionParams& p, int64_t num_items, int64_t total_cost,
-                                            int64_t num_tasks) {
-  std::vector<int64_t> begins{0};
-  int64_t cost = 0;
-  const cpu::AttentionSequence* s = p.sequences;
-  for (int64_t item = 0; item < num_items; ++item) {
-    while (item >= s->first_item + p.num_heads * s->num_blocks * s->num_splits) ++s;
-    if (cost * num_tasks >= total_cost * static_cast<int64_t>(begins.size())) begins.push_back(item);
-    cost += item_cost(p, *s, item - s->first_item);
-  }
-  begins.resize(num_tasks + 1, num_items);
-  begins.back() = num_items;
-  return begins;
-}
-
 // Numbers the work items and partial results of `sequences` and runs the kernel; p.sequences and p.partials are set
 // here.
 inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequence>& sequences) {
   int64_t num_items = 0;
   int64_t num_partials = 0;
-  int64_t total_cost = 0;
+  std::vector<int64_t> cost_before{0};  // [num_items + 1]
   for (cpu::AttentionSequence& s : sequences) {
-    const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const bool may_split = s.num_queries <= cpu::kAttentionMaxSplitQueries;
     s.num_blocks = ceil_div(s.num_queries, cpu::kAttentionQueryBlock);
     s.num_splits = may_split ? std::max<int64_t>(1, ceil_div(s.num_keys, cpu::kAttentionSplitKeys)) : 1;
@@ -72,7 +55,9 @@ inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequ
     s.first_partial = num_partials;
     num_items += p.num_heads * s.num_blocks * s.num_splits;
     if (s.num_splits > 1) num_partials += p.num_heads * s.num_queries * s.num_splits;
-    for (int64_t item = 0; item < num_items - s.first_item; ++item) total_cost += item_cost(p, s, item);
+    for (int64_t item = 0; item < num_items - s.first_item; ++item) {
+      cost_before.push_back(cost_before.back() + item_cost(p, s, item));
+    }
   }
   if (num_items == 0) return;
   at::Tensor partials;
@@ -80,11 +65,17 @@ inline void run_attention(cpu::AttentionParams p, std::vector<cpu::AttentionSequ
   p.sequences = sequences.data();
   p.num_sequences = static_cast<int64_t>(sequences.size());
   p.partials = num_partials > 0 ? partials.mutable_data_ptr<float>() : nullptr;
-  // A task has enough keys (about 64K elements of k and v) to pay for waking a thread.
+  // Tasks take about as long, not as many items: the last split of a sequence may hold one key. A task has enough keys
+  // (about 64K elements of k and v) to pay for waking a thread.
+  const int64_t total_cost = cost_before.back();
   const int64_t num_tasks =
       std::clamp<int64_t>(2 * total_cost * p.head_dim / 65536, 1, std::min<int64_t>(at::get_num_threads(), num_items));
-  const std::vector<int64_t> begins = balanced_ranges(p, num_items, total_cost, num_tasks);
-  at::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) { cpu::attention(p, begins[begin], begins[end]); });
+  const auto first_item = [&](int64_t task) {  // num_items of the task behind the last: every item costs something
+    return std::lower_bound(cost_before.begin(), cost_before.end(), total_cost * task / num_tasks) -
+           cost_before.begin();
+  };
+  at::parallel_for(0, num_tasks, 1,
+                   [&](int64_t begin, int64_t end) { cpu::attention(p, first_item(begin), first_item(end)); });
   if (num_partials > 0) {
     const int64_t num_rows = p.num_sequences * p.num_heads;
     const int64_t row_grain = std::max<int64_t>(1, 65536 * num_rows / (num_partials * p.head_dim));

@@ -28,6 +28,5 @@ inline void check_input_norm(const char* op, const InputNorm& norm, const at::Te
 
 // LayerNorm(x), or x where there is none, of inputs that have been checked.
 at::Tensor normalised_cpu(const at::Tensor& x, const InputNorm& norm);
-at::Tensor normalised_cuda(const at::Tensor& x, const InputNorm& norm);
 
 }  // namespace persimmon_fast

@@ -3,7 +3,7 @@
 
 #include "csrc/cuda/layer_norm.h"
 #include "csrc/ops/cuda/device.h"
-#include "csrc/ops/input_norm.h"
+#include "csrc/ops/cuda/streamed_input.h"
 
 namespace persimmon_fast {
 namespace {

@@ -6,6 +6,9 @@
 
 namespace persimmon_fast {
 
+// LayerNorm(x), or x where there is none, of inputs that have been checked.
+at::Tensor normalised_cuda(const at::Tensor& x, const InputNorm& norm);
+
 struct StreamedInput {
   at::Tensor x;
   cuda::StreamNorm norm;  // what is left to the kernel
