@@ -416,10 +416,12 @@ def test_ops_without_kernels_are_not_captured(model, recorder, monkeypatch):
     assert not recorder.graphs
 
 
-def test_hooks_are_called(model, recorder):
+@pytest.mark.parametrize("path", ["embed_tokens", "layers.1", "layers.0.self_attn", "layers.0.mlp"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called(model, recorder, path, register):
     generate(model, 1)
     calls = []
-    hook = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = getattr(model.model.get_submodule(path), register)(lambda *_: calls.append(1))
     with pytest.warns(UserWarning, match="a module has a forward hook"):
         generate(model, 1, max_new_tokens=5)
     assert len(calls) == 5

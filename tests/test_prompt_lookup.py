@@ -321,6 +321,26 @@ def test_cache_goes_on_from_where_it_was_cut(tiny, length, dropped):
     assert max_error(actual, expected) < 1e-4
 
 
+@pytest.mark.parametrize("dropped", [5, 37, 199])
+def test_a_cut_can_keep_its_pages_reserved(tiny, dropped):
+    ids = torch.randint(3, 160, (1, 256), generator=torch.Generator().manual_seed(2))
+    cache = tiny(ids[:, :200], use_cache=True).past_key_values
+    cache.reserve([56])
+    table, num_free = cache.page_table(4), len(cache._free)
+    cache.drop_last([dropped], keep_pages=True)
+    kept = 200 - dropped
+    assert cache.seqlens == [kept]
+    assert torch.equal(cache.page_table(4), table)
+    assert len(cache._free) == num_free
+    other = ids.flip(1)[:, : 256 - kept]
+    actual = tiny(other, past_key_values=cache).logits
+    expected = tiny(torch.cat([ids[:, :kept], other], dim=1)).logits[:, kept:]
+    assert max_error(actual, expected) < 1e-4
+    assert torch.equal(cache.page_table(4), table)
+    cache.drop_last([256 - kept])  # and without it they are free again
+    assert len(cache._free) == cache.num_pages - -(-kept // PAGE_SIZE)
+
+
 def test_cut_into_a_shared_page_leaves_the_other_owner_alone(tiny):
     ids = torch.randint(3, 160, (1, 256), generator=torch.Generator().manual_seed(2))
     cache = tiny(ids[:, : PAGE_SIZE + 10], use_cache=True).past_key_values
