@@ -100,6 +100,13 @@ def lm_head(rows: int, hidden_size: int, vocab_size: int, itemsize: int) -> Coun
     return Counts(num_bytes, 2 * rows * hidden_size * vocab_size)
 
 
+def prompt_flops(num_tokens: int, num_layers: int, hidden_size: int, intermediate_size: int, vocab_size: int) -> float:
+    """Products of the layers for every token, attention of the pairs, head for one token."""
+    per_token = 2 * num_layers * (4 * hidden_size * hidden_size + 2 * hidden_size * intermediate_size)
+    attention = 4 * num_layers * hidden_size * attended_pairs(num_tokens, num_tokens)
+    return num_tokens * per_token + attention + 2 * hidden_size * vocab_size
+
+
 def decode_step(
     num_parameters: int,
     embedding_parameters: int,

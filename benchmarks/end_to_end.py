@@ -195,12 +195,10 @@ class Measurement:
         ).num_bytes
 
     def _prefill_flops(self, num_tokens: int) -> float:
-        """Products of the layers for every token, attention of the pairs, head for one token."""
         config = self.config
-        hidden, layers = config.hidden_size, config.num_hidden_layers
-        per_token = 2 * layers * (4 * hidden * hidden + 2 * hidden * config.intermediate_size)
-        attention = 4 * layers * hidden * counts.attended_pairs(num_tokens, num_tokens)
-        return num_tokens * per_token + attention + 2 * hidden * config.vocab_size
+        return counts.prompt_flops(
+            num_tokens, config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size
+        )
 
     def _section(
         self, title: str, facts: dict[str, Any], rates: dict[str, list[float]], limits: dict[str, float]

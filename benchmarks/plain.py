@@ -91,6 +91,40 @@ def squared_relu_mlp(
     return residual + F.linear(F.linear(x, up_weight, up_bias).relu_().square_(), down_weight, down_bias)
 
 
+def decoder_layer(
+    x: Tensor,
+    input_norm_weight: Tensor,
+    input_norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    dense_weight: Tensor,
+    dense_bias: Tensor,
+    post_norm_weight: Tensor,
+    post_norm_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    num_heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [num_tokens, hidden_size] of one sequence; also returns k and v, which are the cache as they are."""
+    norms = (q_weight, q_bias, k_weight, k_bias)
+    normalised = layer_norm(x, input_norm_weight, input_norm_bias, eps)
+    q, k, v = qkv_norm_rope(normalised, qkv_weight, qkv_bias, *norms, cos, sin, eps, num_heads)
+    queries, keys, values = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))
+    out = attention(queries, keys, values, None, True)[0].transpose(0, 1).flatten(1)
+    x = linear_residual(out, dense_weight, dense_bias, x)
+    normalised = layer_norm(x, post_norm_weight, post_norm_bias, eps)
+    return squared_relu_mlp(normalised, up_weight, up_bias, down_weight, down_bias, x), k, v
+
+
 def lm_head_argmax(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     logits = F.linear(x, weight).float()
     best, token_ids = logits.max(-1)

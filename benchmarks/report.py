@@ -85,6 +85,13 @@ def print_tables(result: dict[str, Any]) -> None:
             "what the read bandwidth of the same rounds allows, for the bytes that the variant must read, and for "
             "those of the dense model; then ratios to ours dense and to transformers' default and best", style="dim",
         )  # fmt: skip
+    if result.get("prefill") and result["prefill"]["cases"]:
+        console.print()
+        console.print(prefill_table(result["prefill"]))
+        console.print(
+            "median and p10 .. p90 of interleaved rounds; share: of the matmul peak of the same rounds, for the flops "
+            "of the products; torch.mm: the bare product alone", style="dim",
+        )  # fmt: skip
     for skipped in result["skipped"]:
         console.print(f"[yellow]skipped {skipped['op']}: {skipped['reason']}[/yellow]")
 
@@ -169,6 +176,34 @@ def decode_table(record: dict[str, Any]) -> Table:
                 share_text(variant["share_of_limit"]),
                 share_text(variant["share_of_dense_limit"]),
                 *("-" if other is None else f"{rates[name] / rates[other]:.2f}x" for other in against),
+            )
+    return table
+
+
+def print_prefill_progress(record: dict[str, Any]) -> None:
+    times = (f"{name} {seconds_text(variant['us']['median'])}" for name, variant in record["variants"].items())
+    console.print(f"  {record['case']}: {', '.join(times)}")
+
+
+def prefill_table(record: dict[str, Any]) -> Table:
+    """All cases, one group of rows each."""
+    table = Table(title=f"Prefill: {model_text(record['model'])}", title_justify="left")
+    table.add_column("variant", no_wrap=True)
+    for name in ("time", "spread", "TFLOP/s", "share of peak", "time / ours"):
+        table.add_column(name, justify="right")
+    for case in record["cases"]:
+        table.add_section()
+        table.add_row(f"[bold]{case['case']}[/bold]")
+        ours = case["variants"]["ours"]["us"]["median"]
+        for name, variant in case["variants"].items():
+            us = variant["us"]
+            table.add_row(
+                name,
+                seconds_text(us["median"]),
+                f"{seconds_text(us['p10'])} .. {seconds_text(us['p90'])}",
+                f"{variant['tflop_per_s']:.3g}",
+                share_text(variant["share_of_limit"]),
+                f"{us['median'] / ours:.3f}",
             )
     return table
 

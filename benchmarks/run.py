@@ -4,6 +4,7 @@
     python benchmarks/run.py --quick              # a subset, under two minutes
     python benchmarks/run.py --op squared_relu_mlp end_to_end --dtype fp32
     python benchmarks/run.py decode               # decoding alone: contexts, batches, shares of zeros (decode --help)
+    python benchmarks/run.py prefill              # prefill alone: products, attention, layer, prompts (prefill --help)
 
 Writes a table to the terminal, a JSON with every sample and a PNG to --out. How it is measured: docs/benchmarks.md.
 """
@@ -22,7 +23,7 @@ import torch
 # Last, so that an installed persimmon_fast, which has the compiled extension, goes before the source tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import command_line, decode, end_to_end, report, runner
+from benchmarks import command_line, decode, end_to_end, prefill, report, runner
 from benchmarks.cases import DTYPES, PERSIMMON_8B, SMALL, Case, Workspace
 from benchmarks.limits import measure_limits
 from benchmarks.timing import Budget, CUDATimer, Timer, WallTimer
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["decode"]:
         return decode.main(arguments[1:])
+    if arguments[:1] == ["prefill"]:
+        return prefill.main(arguments[1:])
     args = parse(arguments)
     started = time.perf_counter()
     result = command_line.new_result(args, (SMALL if args.small else PERSIMMON_8B).name)
