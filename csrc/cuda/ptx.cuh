@@ -1,5 +1,5 @@
-// The only inline assembly of the project. Each wrapper is one PTX instruction under nvcc and its emulation
-// (csrc/emu) on a CPU. Semantics: PTX ISA 8.x, section named at each wrapper.
+// The only inline assembly of the project, with ptx_sm90.cuh and wgmma.cuh. Each wrapper is one PTX instruction under
+// nvcc and its emulation (csrc/emu) on a CPU. Semantics: PTX ISA 8.x, section named at each wrapper.
 #pragma once
 
 #include "csrc/cuda/device.cuh"
@@ -9,6 +9,7 @@ namespace persimmon_fast::cuda::ptx {
 #ifdef PF_EMULATE
 
 #define PF_SITE , EMU_SITE
+#define PF_SITE0 EMU_SITE
 using emu::smem_u32;
 template <int N>
 inline void ldmatrix(uint32_t (&r)[N], uint32_t address PF_SITE) {
