@@ -41,6 +41,7 @@ COMMON = [
     "-Wall",
     "-Wextra",
     "-Wno-unknown-pragmas",
+    "-Wno-psabi",  # a CUtensorMap is passed by value
     "-fno-strict-aliasing",
     "-fvisibility=hidden",
     "-DPF_EMULATE",

@@ -62,9 +62,9 @@ EMU_RT void cp_async_wait(int pending) {
   thread->num_copies = kept;
 }
 
-EMU_RT void async_random_progress() {
+EMU_RT void finish_any_copy() {
   CudaThread* thread = self();
-  if (thread == &machine.main || thread->num_copies == 0 || random_number() % 4 != 0) return;
+  if (thread->num_copies == 0 || random_number() % 4 != 0) return;
   const int i = static_cast<int>(random_number() % static_cast<unsigned>(thread->num_copies));
   finish_copy(thread->copies[i], thread->block);
   thread->copies[i] = thread->copies[--thread->num_copies];

@@ -1,4 +1,5 @@
-// What the emulator was built for (sanitizers) and how it runs (schedule, asynchronous copies, seed, resident blocks).
+// What the emulator was built for (sanitizers) and how it runs: schedule, asynchronous copies, seed, resident blocks,
+// architecture.
 #pragma once
 
 #include <cstddef>
@@ -79,8 +80,14 @@ struct Config {
   // Blocks that run interleaved; 0: all, up to kMaxResidentThreads. A block that takes over the threads of a finished
   // one is ordered behind it, so a race between these two stays unseen: hence all of them where races are looked for.
   int resident = EMU_TSAN ? 0 : 1;
-  // What a block may use, static and dynamic together: sm_86 and sm_89, the least from sm_80 on.
-  size_t max_shared_bytes = 99 * 1024;
+  int architecture = 80;  // of the emulated GPU; 90: the kernels for sm_90a run
+  size_t shared_bytes_wanted = 0;
+
+  // What a block may use, static and dynamic together: 80 stands for sm_86 and sm_89, the least from sm_80 on.
+  size_t max_shared_bytes() const {
+    if (shared_bytes_wanted != 0) return shared_bytes_wanted;
+    return (architecture >= 90 ? 227 : 99) * size_t{1024};
+  }
 };
 
 inline Schedule parse_schedule(const std::string& name) {
@@ -104,6 +111,11 @@ inline int parse_resident(long long resident) {
   throw std::invalid_argument("emulator: resident must be 0 (all blocks) to 4096, got " + std::to_string(resident));
 }
 
+inline int parse_architecture(long long architecture) {
+  if (architecture == 80 || architecture == 90) return static_cast<int>(architecture);
+  throw std::invalid_argument("emulator: architecture must be 80 or 90, got " + std::to_string(architecture));
+}
+
 inline Config config_from_environment() {
   Config config;
   const auto number = [](const char* name, const char* text) {
@@ -121,7 +133,10 @@ inline Config config_from_environment() {
     config.resident = parse_resident(number("PF_EMU_RESIDENT", text));
   }
   if (const char* text = std::getenv("PF_EMU_MAX_SHARED_BYTES")) {
-    config.max_shared_bytes = static_cast<size_t>(number("PF_EMU_MAX_SHARED_BYTES", text));
+    config.shared_bytes_wanted = static_cast<size_t>(number("PF_EMU_MAX_SHARED_BYTES", text));
+  }
+  if (const char* text = std::getenv("PF_EMU_ARCH")) {
+    config.architecture = parse_architecture(number("PF_EMU_ARCH", text));
   }
   return config;
 }

@@ -48,7 +48,12 @@ __attribute__((cold, format(printf, 2, 3), no_sanitize("thread"))) inline size_t
   va_end(arguments);
   if (site.file != nullptr) length = append_error(length, "; at %s:%d", base_name(site.file), site.line);
   machine.failed = true;
-  if (thread == nullptr || thread == &machine.main) throw KernelError(machine.error);
+  if (thread == nullptr || thread == &machine.main) {
+#if EMU_TSAN
+    if (thread != nullptr) __tsan_switch_to_fiber(machine.main.fiber.tsan_fiber, __tsan_switch_to_fiber_no_sync);
+#endif
+    throw KernelError(machine.error);
+  }
   const uint3 block = thread->block->index, index = thread->index;
   append_error(length, "; block (%u,%u,%u) thread (%u,%u,%u), warp %d lane %d", block.x, block.y, block.z, index.x,
                index.y, index.z, thread->rank / kWarpSize, thread->lane);

@@ -68,6 +68,18 @@ EMU_RT void on_fiber_entry() {
 
 EMU_STATE void* tsan_creator = nullptr;
 
+#if EMU_TSAN
+// A new fiber is ordered behind its creator, which must know of no kernel: not the caller, who has seen them all.
+EMU_RT void* create_tsan_fiber() {
+  void* caller = __tsan_get_current_fiber();
+  if (tsan_creator == nullptr) tsan_creator = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(tsan_creator, __tsan_switch_to_fiber_no_sync);
+  void* fiber = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(caller, __tsan_switch_to_fiber_no_sync);
+  return fiber;
+}
+#endif
+
 // The next switch to the fiber calls entry() on its empty stack. Whatever it was doing before is forgotten.
 EMU_RT void reset_fiber(Fiber& fiber, void (*entry)()) {
 #if EMU_ASAN
@@ -76,12 +88,7 @@ EMU_RT void reset_fiber(Fiber& fiber, void (*entry)()) {
 #if EMU_TSAN
   // A fiber left in the middle keeps its shadow call stack: start with another.
   if (fiber.tsan_fiber != nullptr) __tsan_destroy_fiber(fiber.tsan_fiber);
-  // A new fiber is ordered behind its creator, which must know of no kernel: not the caller, who has seen them all.
-  void* caller = __tsan_get_current_fiber();
-  if (tsan_creator == nullptr) tsan_creator = __tsan_create_fiber(0);
-  __tsan_switch_to_fiber(tsan_creator, __tsan_switch_to_fiber_no_sync);
-  fiber.tsan_fiber = __tsan_create_fiber(0);
-  __tsan_switch_to_fiber(caller, __tsan_switch_to_fiber_no_sync);
+  fiber.tsan_fiber = create_tsan_fiber();
 #endif
   fiber.asan_fake_stack = nullptr;
   void** top = reinterpret_cast<void**>(fiber.stack + fiber.stack_bytes) - 2;  // where `ret` finds the entry; aligned

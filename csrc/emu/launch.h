@@ -7,10 +7,12 @@
 #include <memory>
 #include <tuple>
 
-#include "csrc/emu/async_copy.h"
+#include "csrc/emu/async_progress.h"
 #include "csrc/emu/barriers.h"
+#include "csrc/emu/cluster.h"
 #include "csrc/emu/dependent_launch.h"
 #include "csrc/emu/fault.h"
+#include "csrc/emu/setmaxnreg.h"
 #include "csrc/emu/warp.h"
 
 namespace emu {
@@ -29,6 +31,12 @@ inline void configure(const std::string& sched, const std::string& async, uint64
   changed.seed = seed;
   changed.resident = parse_resident(resident);
   machine.config = changed;
+}
+
+inline void set_architecture(int architecture) {
+  const std::lock_guard lock(machine.mutex);
+  config();
+  machine.config.architecture = parse_architecture(architecture);
 }
 
 // Counts since the library was loaded.
@@ -50,8 +58,13 @@ EMU_RT void end_thread() {
     EMU_CHECK(operation.arrived == 0 || (operation.mask >> thread->lane & 1) == 0, operation.site,
               "a lane has returned while others of mask 0x%08x wait for it in a warp operation", operation.mask);
   }
+  check_wgmmas_are_waited_for(thread);
   note_progress();
-  --block->live;
+  if (--block->live == 0) {
+    check_no_bulk_copies(block);
+    check_register_changes(block);
+  }
+  leave_cluster(thread);
   if (block->live > 0 && block->barriers[0].arrived >= block->live) complete_barrier(block->barriers[0]);
   hb_release(&block->order_token[block->num_started % 2]);
   hb_release(&machine.done_token);
@@ -95,6 +108,17 @@ inline Block* take_block(int num_threads) {
   return block;
 }
 
+// What a block of Hopper has besides.
+EMU_RT void reset_sm90_state(Block* block, Cluster* cluster, int rank) {
+  block->cluster = cluster;
+  block->rank_in_cluster = rank;
+  cluster->blocks[rank] = block;
+  block->num_mbarriers = block->num_bulk_copies = 0;
+  block->waiting_for_registers = WaitList{};
+  block->free_registers = 0;
+  reset_warpgroups(block);
+}
+
 EMU_RT void start_block(Block* block, uint3 index) {
   const uint3 dim = machine.grid.block_dim;
   const int num_threads = block->num_threads;
@@ -128,6 +152,9 @@ EMU_RT void start_block(Block* block, uint3 index) {
     thread->fence = CudaThread::kNoFence;
     thread->num_copies = thread->num_groups = 0;
     thread->num_atomics = 0;
+    thread->num_store_groups = 0;
+    thread->has_arrived = false;
+    thread->num_registers = initial_registers(num_threads);
     for (const void*& address : thread->atomics) address = nullptr;
     thread->site = Site{};
     thread->waits_in = "nothing";
@@ -140,6 +167,35 @@ EMU_RT void start_block(Block* block, uint3 index) {
 #endif
     make_ready(thread);
   }
+}
+
+// Consecutive blocks, from block number `first` of the grid on.
+EMU_RT void start_cluster(Block** blocks, size_t first, dim3 grid) {
+  Cluster* cluster = &blocks[0]->own_cluster;
+  cluster->size = static_cast<int>(machine.grid.cluster_size);
+  cluster->live_threads = cluster->size * blocks[0]->num_threads;
+  cluster->barrier.arrived = 0;
+  cluster->barrier.waiting = WaitList{};
+  for (int rank = 0; rank < cluster->size; ++rank) {
+    const size_t number = first + static_cast<size_t>(rank);
+    reset_sm90_state(blocks[rank], cluster, rank);
+    start_block(blocks[rank],
+                uint3{static_cast<unsigned>(number % grid.x), static_cast<unsigned>(number / grid.x % grid.y),
+                      static_cast<unsigned>(number / grid.x / grid.y)});
+  }
+}
+
+// Checks the blocks of a cluster that have just ended. Whether all have.
+EMU_RT bool has_ended(Block** blocks) {
+  bool ended = true;
+  for (unsigned rank = 0; rank < machine.grid.cluster_size; ++rank) {
+    Block* block = blocks[rank];
+    ended &= block->live == 0;
+    if (block->live != 0 || block->checked) continue;
+    block->checked = true;
+    check_red_zones(block);
+  }
+  return ended;
 }
 
 // ---- the grid ----
@@ -155,10 +211,12 @@ EMU_RT void start_block(Block* block, uint3 index) {
       if (thread->done || (last != nullptr && last->site.line == thread->site.line)) continue;
       last = thread;
       ++shown;
-      char line[200];
-      std::snprintf(line, sizeof line, "; block (%u,%u,%u) thread (%u,%u,%u) waits in %s at %s:%d", block->index.x,
+      char line[320];
+      char state[100] = {};
+      if (std::strcmp(thread->waits_in, kMbarrierWait) == 0) describe_mbarrier(state, sizeof state, thread);
+      std::snprintf(line, sizeof line, "; block (%u,%u,%u) thread (%u,%u,%u) waits in %s%s at %s:%d", block->index.x,
                     block->index.y, block->index.z, thread->index.x, thread->index.y, thread->index.z, thread->waits_in,
-                    thread->site.file != nullptr ? base_name(thread->site.file) : "?", thread->site.line);
+                    state, thread->site.file != nullptr ? base_name(thread->site.file) : "?", thread->site.line);
       text += line;
     }
   }
@@ -172,30 +230,39 @@ inline void check_limits(dim3 grid, dim3 block, size_t dynamic_bytes) {
   EMU_CHECK(grid.x >= 1 && grid.y >= 1 && grid.z >= 1 && grid.x <= 0x7fffffff && grid.y <= 65535 && grid.z <= 65535,
             Site{}, "a grid of (%u,%u,%u) blocks; at least 1 and at most (2147483647,65535,65535) are allowed", grid.x,
             grid.y, grid.z);
-  EMU_CHECK(dynamic_bytes <= config().max_shared_bytes, Site{},
-            "%zu bytes of dynamic shared memory; a block may use %zu (sm_86, sm_89)", dynamic_bytes,
-            config().max_shared_bytes);
+  EMU_CHECK(dynamic_bytes <= config().max_shared_bytes(), Site{},
+            "%zu bytes of dynamic shared memory; a block may use %zu (sm_%s)", dynamic_bytes,
+            config().max_shared_bytes(), config().architecture == 90 ? "90" : "86, sm_89");
+}
+
+inline void check_cluster(dim3 grid) {
+  const unsigned size = machine.grid.cluster_size;
+  if (!machine.grid.is_sm90) return;
+  EMU_CHECK(config().architecture >= 90, Site{}, "a kernel for sm_90a, launched on sm_%d (PF_EMU_ARCH)",
+            config().architecture);
+  EMU_CHECK(size >= 1 && size <= 8, Site{}, "a cluster of %u blocks; 1 to 8 are allowed", size);
+  EMU_CHECK(grid.x % size == 0, Site{}, "a grid of %u blocks in x is not whole clusters of %u", grid.x, size);
 }
 
 inline void run_blocks(dim3 grid, int num_threads) {
   const size_t num_blocks = size_t{grid.x} * grid.y * grid.z;
   const int resident = config().resident;
   const auto fitting = static_cast<size_t>(std::max(kMaxResidentThreads / num_threads, 1));
-  const size_t num_resident = std::min({num_blocks, fitting, resident > 0 ? static_cast<size_t>(resident) : fitting});
+  const size_t cluster_size = machine.grid.cluster_size;
+  size_t num_resident = std::min({num_blocks, fitting, resident > 0 ? static_cast<size_t>(resident) : fitting});
+  num_resident = std::max(num_resident / cluster_size, size_t{1}) * cluster_size;
   while (machine.resident.size() < num_resident) take_block(num_threads);
   for (size_t next = 0;;) {
     bool is_busy = false;
-    for (Block* block : machine.resident) {
-      if (block->live == 0 && !block->checked) {
-        block->checked = true;
-        check_red_zones(block);
+    for (size_t i = 0; i < num_resident; i += cluster_size) {
+      Block** blocks = &machine.resident[i];
+      bool is_idle = has_ended(blocks);
+      if (is_idle && next < num_blocks) {
+        start_cluster(blocks, next, grid);
+        next += cluster_size;
+        is_idle = false;
       }
-      if (block->live == 0 && next < num_blocks) {
-        start_block(block, uint3{static_cast<unsigned>(next % grid.x), static_cast<unsigned>(next / grid.x % grid.y),
-                                 static_cast<unsigned>(next / grid.x / grid.y)});
-        ++next;
-      }
-      is_busy |= block->live > 0;
+      is_busy |= !is_idle;
     }
     CudaThread* thread = pick();
     if (thread == &machine.main) {
@@ -211,6 +278,7 @@ inline void run_blocks(dim3 grid, int num_threads) {
 EMU_RT void finish_launch() {
   Pool& pool = machine.pools[machine.pool];
   machine.current = &machine.main;
+  end_proxies();
   for (Block* block : machine.resident) {
     for (int i = 0; i < block->num_threads; ++i) {
       CudaThread* thread = block->threads[i];
@@ -232,6 +300,7 @@ EMU_RT void finish_launch() {
   machine.resident.clear();
   machine.ready.clear();
   machine.yielded.clear();
+  machine.num_bulk_copies = 0;
   hb_acquire(&machine.done_token);
 }
 
@@ -257,6 +326,7 @@ inline void run_grid(const Grid& grid, const void* parameters, size_t parameter_
   machine.grid.block_dim = uint3{block_dim.x, block_dim.y, block_dim.z};
   machine.current = &machine.main;
   check_limits(grid_dim, block_dim, grid.dynamic_bytes);
+  check_cluster(grid_dim);
   if (machine.parameters == nullptr) machine.parameters = map_memory(kMaxParameterBytes);
   EMU_CHECK(machine.parameters != nullptr, Site{}, "no memory for the arguments");
   copy_unseen(machine.parameters, parameters, parameter_bytes);
@@ -314,6 +384,14 @@ void launch_dependent_named(const char* name, void (*kernel)(Parameters...), dim
                             size_t dynamic_bytes, const Arguments&... arguments) {
   launch_grid(Grid{.name = name, .dynamic_bytes = dynamic_bytes, .is_dependent = true}, kernel, grid, block,
               arguments...);
+}
+
+// The same with clusters of `cluster_size` consecutive blocks, for kernels for sm_90a.
+template <class... Parameters, class... Arguments>
+void launch_cluster_named(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, unsigned cluster_size,
+                          size_t dynamic_bytes, const Arguments&... arguments) {
+  launch_grid(Grid{.name = name, .dynamic_bytes = dynamic_bytes, .cluster_size = cluster_size, .is_sm90 = true}, kernel,
+              grid, block, arguments...);
 }
 
 }  // namespace emu

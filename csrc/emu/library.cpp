@@ -9,6 +9,8 @@ void configure(const std::string& sched, const std::string& async, int64_t seed,
   emu::configure(sched, async, static_cast<uint64_t>(seed), emu::parse_resident(resident));
 }
 
+void set_architecture(int64_t architecture) { emu::set_architecture(emu::parse_architecture(architecture)); }
+
 c10::Dict<std::string, int64_t> stats() {
   const emu::Stats s = emu::stats();
   c10::Dict<std::string, int64_t> counts;
@@ -18,6 +20,7 @@ c10::Dict<std::string, int64_t> stats() {
   add("switches", s.switches);
   add("warp_operations", s.warp_operations);
   add("mmas", s.mmas);
+  add("wgmmas", s.wgmmas);
   add("ldmatrix_wavefronts", s.ldmatrix_wavefronts);
   add("ldmatrix_wavefronts_ideal", s.ldmatrix_wavefronts_ideal);
   add("stmatrix_wavefronts", s.stmatrix_wavefronts);
@@ -33,6 +36,7 @@ TORCH_LIBRARY(persimmon_fast_emu, m) {
   persimmon_fast::define_ops(m);
   // docs/emulator.md
   m.def("configure(str sched, str async_policy, int seed, int resident) -> ()", &configure);
+  m.def("set_architecture(int architecture) -> ()", &set_architecture);
   m.def("set_dependent_launches(bool allowed) -> ()", &set_dependent_launches);
   m.def("stats() -> Dict(str, int)", &stats);  // since the library was loaded
 }

@@ -26,11 +26,16 @@ constexpr int kMaxSharedArrays = 64;
 constexpr size_t kRedZoneBytes = 64;  // before and behind each shared array
 constexpr size_t kArenaBytes = 384 * 1024;
 constexpr size_t kMaxParameterBytes = 4096;
-constexpr size_t kGranuleBytes = 16;  // in which cp.async in flight are counted
+constexpr size_t kGranuleBytes = 16;  // in which copies in flight are counted
+constexpr int kMaxMbarriers = 64;     // of a block
+constexpr int kMaxBulkCopies = 256;   // of TMA, in flight in the grid
+constexpr int kMaxClusterBlocks = 16;
+constexpr int kMaxWarpgroups = kMaxThreadsPerBlock / 128;
 
 struct Block;
 struct Warp;
 struct Machine;
+struct Warpgroup;  // wgmma.h
 
 struct AsyncCopy {
   char* dst;
@@ -56,6 +61,11 @@ struct CudaThread {
   unsigned num_atomics = 0;
   int num_copies = 0, num_groups = 0;
   AsyncCopy copies[kMaxCopiesPerThread];
+  uint32_t mbarrier = 0;     // that it waits for
+  int num_store_groups = 0;  // of TMA
+  int num_registers = 0;
+  bool has_arrived = false;  // at the barrier of the cluster, and not waited there
+  uint32_t cluster_generation = 0;
 };
 
 // Threads that wait for one event, in the order of arrival.
@@ -101,6 +111,49 @@ struct Barrier {
   uint64_t token[2] = {};  // happens-before; two, as the next generation may begin before all have left this one
 };
 
+// What belongs to an mbarrier beside its 8 bytes of shared memory.
+struct Mbarrier {
+  uint32_t address = 0;
+  bool is_visible = false;  // to TMA and the cluster: its init has been fenced
+  const CudaThread* initialiser = nullptr;
+  Site site;
+  WaitList waiting;
+  uint64_t token[2] = {};  // of even and odd phases
+};
+
+enum class Swizzle : int32_t { kNone, k32, k64, k128 };  // by bytes of the row that it permutes
+
+// What the emulator keeps in a CUtensorMap. Sizes and strides in elements of 2 bytes.
+struct TensorMap {
+  uint64_t magic;
+  const char* base;
+  int32_t rank;
+  Swizzle swizzle;
+  int64_t size[5], stride[5];
+  int32_t box[5];
+};
+
+// A copy by TMA in flight, to or from the shared memory of one block.
+struct BulkCopy {
+  TensorMap map;
+  int32_t at[5];
+  bool is_store;
+  Block* block;
+  uint32_t shared, bytes;
+  uint32_t mbarrier;  // of a load
+  CudaThread* issuer;
+  int group;  // of a store
+  Site site;
+  void* tsan_fiber;
+};
+
+// Blocks that run at the same time and reach each other's shared memory.
+struct Cluster {
+  int size = 1, live_threads = 0;
+  Block* blocks[kMaxClusterBlocks] = {};
+  Barrier barrier;
+};
+
 // A warp operation in progress, identified by its mask.
 struct WarpOperation {
   uint32_t mask = 0, arrived = 0, leaving = 0, generation = 0;
@@ -141,21 +194,34 @@ struct Block {
   int num_arrays = 0;
   // Orders a block behind the one whose place it takes; two, so that it does not order the threads of one block.
   unsigned num_started = 0;
-  uint64_t order_token[2] = {};                           // orders a block behind the one whose place it takes
+  uint64_t order_token[2] = {};
   uint8_t copies_in_flight[kArenaBytes / kGranuleBytes];  // per granule of the arena
+  Mbarrier mbarriers[kMaxMbarriers];
+  int num_mbarriers = 0, num_bulk_copies = 0;
+  Cluster own_cluster;  // used if this is its first block
+  Cluster* cluster = &own_cluster;
+  int rank_in_cluster = 0;
+  Warpgroup* warpgroups[kMaxWarpgroups] = {};  // made when they first multiply
+  int free_registers = 0;                      // that setmaxnreg may hand out
+  WaitList waiting_for_registers;
+  uint64_t proxy_token = 0;                    // what the asynchronous proxy may see of shared memory
+  uint64_t read_token = 0, written_token = 0;  // stores by TMA: what was read here, and what has arrived
+  void* proxy_fiber = nullptr;                 // of ThreadSanitizer: wgmma, and what TMA reads here
 };
 
 struct Grid {
   const char* name = "";
   uint3 dim{}, block_dim{};
   size_t dynamic_bytes = 0;
+  unsigned cluster_size = 1;
+  bool is_sm90 = false;
   void (*entry)(const void*) = nullptr;
   bool is_dependent = false;  // by programmatic dependent launch
   bool has_waited = false;    // any thread, in griddepcontrol.wait
 };
 
 struct Stats {
-  uint64_t launches = 0, blocks = 0, switches = 0, warp_operations = 0, mmas = 0;
+  uint64_t launches = 0, blocks = 0, switches = 0, warp_operations = 0, mmas = 0, wgmmas = 0;
   // Shared-memory wavefronts, and how many there would be without bank conflicts.
   uint64_t ldmatrix_wavefronts = 0, ldmatrix_wavefronts_ideal = 0;
   uint64_t stmatrix_wavefronts = 0, stmatrix_wavefronts_ideal = 0;
@@ -178,6 +244,9 @@ struct Machine {
   CudaThread* current = nullptr;
   Warp* last_warp = nullptr;
   std::vector<Block*> resident;
+  BulkCopy bulk_copies[kMaxBulkCopies];
+  BulkCopy* in_flight[kMaxBulkCopies] = {};  // the first num_bulk_copies; the others are free
+  int num_bulk_copies = 0;
   uint64_t random_state = 1;
   uint64_t idle_rounds = 0;  // rounds of spinning threads since something changed
   bool failed = false;

@@ -40,7 +40,7 @@ __attribute__((cold, noinline, no_sanitize("address"))) inline void fail_access(
   if (is_shared(block, data)) {
     if (copies_in_flight(block, data) != 0) {
       std::snprintf(what, sizeof what, "%s of %zu bytes at %s", verb, bytes, at);
-      fail_in_flight(what, data, Site{});
+      fail_in_flight(block, what, data, Site{});
     }
     describe_shared(what, sizeof what, block, data);
     fail(Site{}, "out of bounds: %s of %zu bytes, %s; at %s", verb, bytes, what, at);

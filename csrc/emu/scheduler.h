@@ -10,7 +10,9 @@ namespace emu {
 // no barrier was completed and no polled value changed, the wait is called hopeless.
 constexpr uint64_t kMaxIdleRounds = 100'000;
 
-EMU_RT void async_random_progress();  // async_copy.h
+// async_progress.h
+EMU_RT void async_random_progress();
+EMU_RT bool finish_bulk_load();
 
 EMU_RT void note_progress() { machine.idle_rounds = 0; }
 
@@ -51,6 +53,8 @@ EMU_RT unsigned choose(ReadyQueue& ready) {
 // The next thread to run, or main if there is none.
 EMU_RT CudaThread* pick() {
   ReadyQueue& ready = machine.ready;
+  while (ready.count == 0 && machine.num_bulk_copies != 0 && finish_bulk_load()) {  // the latest moment that is allowed
+  }
   if (ready.count == 0) {
     if (machine.yielded.count == 0) return &machine.main;
     EMU_CHECK(++machine.idle_rounds < kMaxIdleRounds, machine.yielded.at(0)->site,

@@ -75,7 +75,7 @@ EMU_RT void* static_shared(const void* key, size_t bytes, size_t alignment, Site
   Block* block = self()->block;
   if (find_array(block, key) == nullptr) {
     block->static_bytes += bytes;
-    const size_t limit = machine.config.max_shared_bytes;
+    const size_t limit = machine.config.max_shared_bytes();
     EMU_CHECK(block->static_bytes <= kMaxStaticBytes, site,
               "%zu bytes of static shared memory; at most %zu are allowed", block->static_bytes, kMaxStaticBytes);
     EMU_CHECK(block->static_bytes + block->dynamic_bytes <= limit, site,
@@ -149,10 +149,10 @@ EMU_RT uint8_t& copies_in_flight(Block* block, const char* address) {
   return block->copies_in_flight[static_cast<size_t>(address - block->arena) / kGranuleBytes];
 }
 
-[[noreturn]] __attribute__((cold, noinline, no_sanitize("thread"))) inline void fail_in_flight(const char* operation,
+[[noreturn]] __attribute__((cold, noinline, no_sanitize("thread"))) inline void fail_in_flight(Block* block,
+                                                                                               const char* operation,
                                                                                                const char* address,
                                                                                                Site site) {
-  Block* block = self()->block;
   char where[160];
   describe_shared(where, sizeof where, block, address);
   for (int t = 0; t < block->num_threads; ++t) {
@@ -164,25 +164,38 @@ EMU_RT uint8_t& copies_in_flight(Block* block, const char* address) {
            operation, where, t, base_name(copy.site.file), copy.site.line);
     }
   }
+  for (int i = 0; i < machine.num_bulk_copies; ++i) {
+    const BulkCopy& copy = *machine.in_flight[i];
+    const char* begin = block->arena + copy.shared;
+    if (copy.block != block || copy.is_store || address + kGranuleBytes <= begin || address >= begin + copy.bytes) {
+      continue;
+    }
+    fail(site, "%s touches data in flight: %s; the TMA load issued at %s:%d has not arrived", operation, where,
+         base_name(copy.site.file), copy.site.line);
+  }
   fail(site, "%s touches data in flight: %s", operation, where);
 }
 
-// The memory behind a shared address, after the checks that the hardware leaves to the programmer.
+// The memory of `block` behind a shared address: aligned, and all of it in one array.
+EMU_RT char* shared_range(Block* block, uint32_t address, size_t bytes, size_t alignment, const char* operation,
+                          Site site) {
+  EMU_CHECK(address % alignment == 0, site, "%s: shared address 0x%x is not %zu-byte aligned", operation, address,
+            alignment);
+  char* data = block->arena + address;
+  for (int i = 0; i < block->num_arrays && address < kArenaBytes; ++i) {
+    const SharedArray& array = block->arrays[i];
+    if (data >= array.data && data + bytes <= array.data + array.bytes) return data;
+  }
+  char where[160];
+  describe_shared(where, sizeof where, block, address < kArenaBytes ? data : block->arena + kArenaBytes);
+  fail(site, "%s: out of bounds: %zu bytes at %s", operation, bytes, where);
+}
+
+// The same for an access of this thread, which must not meet a copy in flight.
 EMU_RT char* shared_pointer(uint32_t address, size_t bytes, const char* operation, Site site) {
   Block* block = self()->block;
-  EMU_CHECK(address % bytes == 0, site, "%s: shared address 0x%x is not %zu-byte aligned", operation, address, bytes);
-  char* data = block->arena + address;
-  bool inside = false;
-  for (int i = 0; i < block->num_arrays && !inside; ++i) {
-    const SharedArray& array = block->arrays[i];
-    inside = address < kArenaBytes && data >= array.data && data + bytes <= array.data + array.bytes;
-  }
-  if (!inside) {
-    char where[160];
-    describe_shared(where, sizeof where, block, address < kArenaBytes ? data : block->arena + kArenaBytes);
-    fail(site, "%s: out of bounds: %zu bytes at %s", operation, bytes, where);
-  }
-  if (copies_in_flight(block, data) != 0 && bytes >= kGranuleBytes) fail_in_flight(operation, data, site);
+  char* data = shared_range(block, address, bytes, bytes, operation, site);
+  if (copies_in_flight(block, data) != 0 && bytes >= kGranuleBytes) fail_in_flight(block, operation, data, site);
   return data;
 }
 

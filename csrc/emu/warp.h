@@ -5,7 +5,7 @@
 
 namespace emu {
 
-enum WarpOperationKind { kSyncwarp = 1, kShuffle, kVote, kMatch, kReduce, kMma, kLdmatrix, kStmatrix };
+enum WarpOperationKind { kSyncwarp = 1, kShuffle, kVote, kMatch, kReduce, kMma, kLdmatrix, kStmatrix, kSetmaxnreg };
 
 struct Nothing {
   EMU_RT void operator()(Warp&, uint32_t) const {}

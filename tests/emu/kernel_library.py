@@ -27,7 +27,7 @@ class Stats(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_uint64)
         for name in (
-            "launches", "blocks", "switches", "warp_operations", "mmas", "ldmatrix_wavefronts",
+            "launches", "blocks", "switches", "warp_operations", "mmas", "wgmmas", "ldmatrix_wavefronts",
             "ldmatrix_wavefronts_ideal", "stmatrix_wavefronts", "stmatrix_wavefronts_ideal",
         )
     )  # fmt: skip
@@ -44,8 +44,12 @@ class Library:
         self._library.configure.restype = ctypes.c_char_p
         self._library.stats.restype = Stats
 
-    def configure(self, sched: str = "fifo", async_policy: str = "late", seed: int = 1, resident: int = 1) -> None:
-        message = self._library.configure(sched.encode(), async_policy.encode(), ctypes.c_uint64(seed), resident)
+    def configure(
+        self, sched: str = "fifo", async_policy: str = "late", seed: int = 1, resident: int = 1, architecture: int = 80
+    ) -> None:
+        message = self._library.configure(
+            sched.encode(), async_policy.encode(), ctypes.c_uint64(seed), resident, architecture
+        )
         if message is not None:
             raise ValueError(message.decode())
 

@@ -21,8 +21,11 @@ EXPORT const char* run_case(const char* name, const Args* args) {
   return message_of([&] { cases().at(name)(*args); });
 }
 
-EXPORT const char* configure(const char* sched, const char* async, uint64_t seed, int resident) {
-  return message_of([&] { emu::configure(sched, async, seed, resident); });
+EXPORT const char* configure(const char* sched, const char* async, uint64_t seed, int resident, int architecture) {
+  return message_of([&] {
+    emu::configure(sched, async, seed, resident);
+    emu::set_architecture(architecture);
+  });
 }
 
 EXPORT emu::Stats stats() { return emu::stats(); }

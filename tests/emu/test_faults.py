@@ -11,26 +11,19 @@ import os
 import re
 import subprocess
 import sys
-from typing import NamedTuple
 
 import emulator
 import kernel_library
 import numpy as np
 import pytest
+import sm90_faults
+from fault import AT, THREAD, Fault
 
 PLAIN = {"sched": "reverse", "async_policy": "late"}
 ASAN = {"sched": "fifo", "async_policy": "late"}
 TSAN = {"sched": "fifo", "async_policy": "late", "resident": 0}
 
 
-class Fault(NamedTuple):
-    case: str
-    message: str  # regular expression
-    number: int = 0
-
-
-AT = r"at faults\.cu:\d+"
-THREAD = r"block \(0,0,0\) thread \(\d+,0,0\), warp \d+ lane \d+"
 WRITE, READ = r"[Ww]rite of size 4 by block \(\d,0,0\) thread \(\d+,0,0\) ", r"[Rr]ead of size 4 by block \(\d,0,0\)"
 
 FAULTS = {
@@ -103,6 +96,8 @@ FAULTS = {
         Fault("dependent_launch", rf"emulated kernel consume: data race: {WRITE}{AT}, Previous {READ}.*{AT}", 3),
     ],
 }
+for _variant, _faults in sm90_faults.FAULTS.items():
+    FAULTS[_variant] += _faults
 CONFIGURATIONS = {"plain": PLAIN, "asan": ASAN, "tsan": TSAN}
 ALL = [(variant, fault) for variant, faults in FAULTS.items() for fault in faults]
 
@@ -112,7 +107,10 @@ def outcomes(plain_path):
     """variant -> per fault the three messages. One process per variant, as a sanitizer must be preloaded."""
     results = {}
     for variant, faults in FAULTS.items():
-        settings = [[fault.case, fault.number, CONFIGURATIONS[variant]] for fault in faults]
+        settings = [
+            [fault.case, fault.number, CONFIGURATIONS[variant] | {"architecture": fault.architecture}]
+            for fault in faults
+        ]
         library = kernel_library.build(variant)
         run = subprocess.run(
             [sys.executable, kernel_library.__file__, str(library), json.dumps(settings)],
@@ -129,7 +127,7 @@ def test_fault_is_found(outcomes, variant, fault):
     assert correct is None
     assert broken is not None, "not found"
     assert re.search(fault.message, broken), broken
-    assert fault.case in broken or fault.case == "dependent_launch"
+    assert f"kernel {fault.case}: " in broken or fault.case == "dependent_launch"
     assert correct_again is None
 
 
