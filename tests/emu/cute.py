@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 
-def read_tables() -> dict[str, np.ndarray]:
+def read_tables(name: str = "cute_layouts.txt") -> dict[str, np.ndarray]:
     tables = {}
-    for line in Path(__file__).with_name("cute_layouts.txt").read_text().splitlines():
+    for line in Path(__file__).with_name(name).read_text().splitlines():
         if not line.startswith("#"):
             name, num_lanes, num_values, *values = line.split()
-            tables[name] = np.array(values, np.int64).reshape(int(num_lanes), int(num_values))
+            tables[name] = np.array([int(value) for value in values]).reshape(int(num_lanes), int(num_values))
     return tables
 
 
