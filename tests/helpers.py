@@ -25,13 +25,13 @@ _LEVELS = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
 ISAS = _LEVELS[: _LEVELS.index(_C.best_cpu_isa()) + 1]
 
 # The CUDA kernels, executed on the CPU. Emulation is slow: tests of "emu" take small shapes.
-EMU = pytest.param(
-    "emu",
-    marks=[
-        pytest.mark.emu,
-        pytest.mark.skipif(emulator.missing() is not None, reason=f"no emulator: {emulator.missing()}"),
-    ],
-)
+_EMU_MARKS = [
+    pytest.mark.emu,
+    pytest.mark.skipif(emulator.missing() is not None, reason=f"no emulator: {emulator.missing()}"),
+]
+EMU = pytest.param("emu", marks=_EMU_MARKS)
+# The same as an H100 runs them: on wgmma and TMA where there is such a kernel.
+EMU_SM90 = pytest.param("emu_sm90", marks=_EMU_MARKS)
 CUDA = pytest.param(
     "cuda",
     marks=[
@@ -52,8 +52,8 @@ def backend(name: str) -> Iterator[str]:
     """Inside the block the kernels of `name` (one of BACKENDS) run for tensors on the device that it gives."""
     if name == "cuda":
         yield "cuda"
-    elif name == "emu":
-        with emulated():
+    elif name in ("emu", "emu_sm90"):
+        with emulated(architecture=90 if name == "emu_sm90" else 80):
             yield "cpu"
     else:
         with cpu_isa(name):
@@ -61,9 +61,10 @@ def backend(name: str) -> Iterator[str]:
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
+def emulated(architecture: int = 80) -> Iterator[None]:
     """Runs `ops` on CPU tensors with the emulated CUDA kernels inside the block. Outputs start as NaN."""
     emulator.load()
+    torch.ops.persimmon_fast_emu.set_architecture(architecture)
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
     ops._library = "persimmon_fast_emu"
@@ -71,6 +72,7 @@ def emulated() -> Iterator[None]:
         yield
     finally:
         ops._library = "persimmon_fast"
+        torch.ops.persimmon_fast_emu.set_architecture(80)
         torch.use_deterministic_algorithms(deterministic)
 
 

@@ -28,6 +28,7 @@ FAMILIES = [
     "qkv_norm_rope",
     "squared_relu_mlp",
     "squared_relu_down",
+    "gemm_sm90",
     "flash_attention",
     "paged_attention",
 ]

@@ -25,6 +25,9 @@ TENSOR_CORE_KERNELS = (
     "gemm_kernelI", "stream_kernelI", "squared_relu_down_kernelI", "flash_attention_kernelI", "paged_attention_kernelI",
 )  # fmt: skip
 
+# On wgmma and TMA; elsewhere empty.
+SM90A_KERNELS = ("gemm_sm90_kernelI",)
+
 
 def cmake_build(folder: Path, target: str, torch_directory: Path, mode: str) -> str:
     """Configures in `folder`, builds one target for all architectures, returns what the tools printed."""
@@ -102,16 +105,21 @@ def test_no_spills_and_no_local_memory(built):
     assert [kernel for kernel in kernels if kernel.stack_bytes] == []
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a"])
-def test_products_use_the_tensor_cores(built, architecture):
-    """HMMA in every 16-bit kernel that multiplies matrices, and in no fp32 one: TF32 would round."""
+def disassemble(folder: Path, architecture: str) -> dict[str, str]:
+    """Machine code of each kernel, by its mangled name."""
     cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
     if cuobjdump is None or nvdisasm is None:
         pytest.skip("cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    library = next(built[1].glob("libpf_cuda_check.so"))
+    library = next(folder.glob("libpf_cuda_check.so"))
     env = {**os.environ, "PATH": str(Path(nvdisasm).parent) + os.pathsep + os.environ["PATH"]}
     sass = subprocess.check_output([cuobjdump, "-sass", "-arch", architecture, library], text=True, env=env)
-    functions = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*Function :|\Z)", sass, re.DOTALL))
+    return dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\t*Function :|\Z)", sass, re.DOTALL))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a"])
+def test_products_use_the_tensor_cores(built, architecture):
+    """HMMA in every 16-bit kernel that multiplies matrices, and in no fp32 one: TF32 would round."""
+    functions = disassemble(built[1], architecture)
     products = {part: {name for name in functions if part in name} for part in TENSOR_CORE_KERNELS}
     assert all(products.values()), (products, sorted(functions))
     names = set().union(*products.values())
@@ -119,6 +127,25 @@ def test_products_use_the_tensor_cores(built, architecture):
     with_mma = {name for name, code in functions.items() if "HMMA" in code}
     assert sixteen_bit - with_mma == set()
     assert with_mma - sixteen_bit == set()
+
+
+def test_kernels_for_sm_90a_use_wgmma_and_tma(built):
+    """HGMMA and UTMALDG in each of them, no mma of older GPUs; registers as setmaxnreg expects: 65,536 / 384."""
+    functions = disassemble(built[1], "sm_90a")
+    for part in SM90A_KERNELS:
+        kernels = {name: code for name, code in functions.items() if part in name}
+        assert kernels, part
+        for name, code in kernels.items():
+            assert {"HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"} <= set(re.findall(r"[A-Z]+", code)), name
+            assert "HMMA" not in re.findall(r"[A-Z]+", code), name
+    report = [kernel for kernel in ptxas_report(built[0]) if any(part in kernel.name for part in SM90A_KERNELS)]
+    assert {kernel.registers for kernel in report if kernel.architecture == "sm_90a"} == {168}
+
+
+def test_wgmma_runs_asynchronously(built):
+    """Where ptxas cannot follow the registers of a wgmma in flight it serialises, and says so (C7508 and its kin)."""
+    assert "Compiling entry function" in built[0]
+    assert re.findall(r".*(?:C75\d\d|serializ).*", built[0]) == []
 
 
 def test_newer_gpus_get_ptx(built):

@@ -22,6 +22,11 @@ DEV uint32_t pack2(float low, float high, __nv_bfloat16) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+DEV float2 unpack2(uint32_t pair, __half) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
+DEV float2 unpack2(uint32_t pair, __nv_bfloat16) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
 // 16 bytes of a row.
 template <typename scalar_t>
 struct alignas(16) Chunk {

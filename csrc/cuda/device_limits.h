@@ -11,7 +11,7 @@ struct DeviceLimits {
   size_t smem_per_block;  // dynamic, if the kernel asks
   size_t smem_per_multiprocessor;
   bool launches_dependents;  // programmatic dependent launch
-  bool runs_sm90a;           // the kernels in *_sm90.cu: compute capability 9.0, and they are in this build
+  bool runs_sm90a;           // kernels with wgmma and TMA: compute capability 9.0, and they are in this build
 };
 
 // Asked once per device.

@@ -1,5 +1,5 @@
 // gemm_kernel: epilogue(transform(A) B^T) for fp16 and bf16 on tensor cores.
-// launch_gemm: that, or the same in fp32 (gemm_simt.cuh).
+// launch_gemm: that, or the same in fp32 (gemm_simt.cuh), or for sm_90a (gemm_sm90.cuh).
 //
 // Tile      128 x 128, or 64 x 64 (64 x 128) for few rows and bad last waves (gemm_tile.h); 4 warps in 2 x 2, each with
 //           a quarter of it; k in steps of 32 through a ring of 4 stages:
@@ -27,8 +27,10 @@
 #include <type_traits>
 
 #include "csrc/cuda/convert.cuh"
+#include "csrc/cuda/device_limits.h"
 #include "csrc/cuda/gemm_common.cuh"
 #include "csrc/cuda/gemm_simt.cuh"
+#include "csrc/cuda/gemm_sm90.cuh"
 #include "csrc/cuda/ptx.cuh"
 
 namespace persimmon_fast::cuda {
@@ -57,13 +59,6 @@ template <int kBlockN>
 using SmallShape = GemmShape<64, kBlockN, kBlockN == 64 ? 4 : 3>;
 template <int kBlockN>
 using UnalignedShape = GemmShape<64, kBlockN, kBlockN == 64 ? 4 : 2>;  // 3 spilled with the epilogue of lm_head
-
-// Byte offset of a 16-byte chunk in a tile with rows of kChunks chunks.
-template <int kChunks>
-DEV int swizzled(int row, int chunk) {
-  static_assert(kChunks == 4 || kChunks == 8 || kChunks == 16);
-  return (row * kChunks + (chunk ^ (kChunks == 4 ? row / 2 % 4 : row % 8))) * 16;
-}
 
 // Copies a tile of kRows x kChunks * 8 elements; what lies outside the matrix, which has `rows` rows and `cols` columns
 // from the tile's corner on, becomes zero. kAligned: every chunk is whole and 16-byte aligned, and arrives with the
@@ -228,6 +223,14 @@ cudaError_t launch_gemm(const char* name, const GemmOperands& g, const Epilogue&
     return launch_tiles<Shape>(name, gemm_simt_kernel<Shape, kBOrder, Epilogue>, Shape::kSmemFloats * sizeof(float),
                                stream, params);
   } else {
+    if constexpr (kBuiltSm90a && CanFinishOnSm90<Epilogue>::value) {
+      DeviceLimits limits;
+      if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+      if (limits.runs_sm90a && sm90_takes<kBOrder>(g, epilogue)) {
+        return launch_gemm_sm90<scalar_t, kBOrder, kSmallBlockN>(name, g, epilogue, num_multiprocessors, stream,
+                                                                 transform);
+      }
+    }
     using Small = SmallShape<kSmallBlockN>;
     const int64_t dense_b = kBOrder == BOrder::kKMajor ? g.k : g.n;
     const bool aligned = is_aligned(g.a) && is_aligned(g.b) && g.k % 8 == 0 && dense_b % 8 == 0 &&

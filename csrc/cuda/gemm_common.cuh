@@ -42,6 +42,13 @@ struct GemmKernelParams {
   Epilogue epilogue;
 };
 
+// Byte offset of a 16-byte chunk in a tile with rows of kChunks chunks.
+template <int kChunks>
+DEV int swizzled(int row, int chunk) {
+  static_assert(kChunks == 4 || kChunks == 8 || kChunks == 16);
+  return (row * kChunks + (chunk ^ (kChunks == 4 ? row / 2 % 4 : row % 8))) * 16;
+}
+
 struct TilePlace {
   int64_t row0;
   int64_t col0;
@@ -51,7 +58,7 @@ struct TilePlace {
 
 template <int kBlockM, int kBlockN>
 DEV TilePlace tile_place(const GemmOperands& g) {
-  const TileIndex tile = tile_of_block(blockIdx.x, num_tiles(g.m, kBlockM), num_tiles(g.n, kBlockN));
+  const TileIndex tile = tile_of_block(int64_t{blockIdx.x}, num_tiles(g.m, kBlockM), num_tiles(g.n, kBlockN));
   TilePlace place;
   place.row0 = tile.m * kBlockM;
   place.col0 = tile.n * kBlockN;

@@ -135,6 +135,8 @@ struct BiasResidual {
   bool vectorised;  // pieces_aligned of all three
   RowScale scale;
 
+  bool finishes_on_sm90() const { return vectorised; }
+
   template <typename Tile>
   DEV void operator()(const Tile& tile) const {
     tile.for_pieces([&](int row, int col, const float (&values)[kPiece], int n) {

@@ -39,12 +39,14 @@ struct TileIndex {
 //   kGroup = 2:   0 2 4 6      rows of A: one group at a time
 //                 1 3 5 7      columns of B: once per group
 //                 8 . .
-constexpr TileIndex tile_of_block(int64_t index, int64_t tiles_m, int64_t tiles_n) {
-  constexpr int64_t kGroup = 16;  // a wave of 216 (A100) or 264 (H100) large tiles is then about square
-  const int64_t group = index / (kGroup * tiles_n);
-  const int64_t in_group = index % (kGroup * tiles_n);
-  const int64_t first = group * kGroup;
-  const int64_t height = tiles_m - first < kGroup ? tiles_m - first : kGroup;
+//
+// 16: a wave of 216 (A100) or 264 (H100) large tiles is then about square.
+template <int kGroup = 16, typename Index>
+constexpr TileIndex tile_of_block(Index index, Index tiles_m, Index tiles_n) {
+  const Index group = index / (kGroup * tiles_n);
+  const Index in_group = index % (kGroup * tiles_n);
+  const Index first = group * kGroup;
+  const Index height = tiles_m - first < kGroup ? tiles_m - first : kGroup;
   return {first + in_group % height, in_group / height};
 }
 

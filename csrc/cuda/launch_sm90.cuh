@@ -7,11 +7,37 @@ namespace persimmon_fast::cuda {
 
 constexpr size_t kMaxSmemBytesSm90 = 227 * 1024;  // that a block may use
 
-// Whether *_sm90.cu is in this build. Calls into it stand behind `if constexpr`.
+// Whether the kernels for sm_90a are in this build: elsewhere their bodies are empty.
 #if defined(PF_BUILT_SM90A) || defined(PF_EMULATE)
 constexpr bool kBuiltSm90a = true;
 #else
 constexpr bool kBuiltSm90a = false;
+#endif
+
+#ifndef PF_EMULATE
+// The configuration of a launch, with the attribute that it points to.
+struct Sm90Launch {
+  template <typename Params>
+  Sm90Launch(void (*kernel)(Params), dim3 grid, dim3 block, unsigned cluster_size, size_t smem_bytes,
+             cudaStream_t stream)
+      : error(allow_smem(kernel, smem_bytes)) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster_size;
+    attribute.val.clusterDim.y = 1;
+    attribute.val.clusterDim.z = 1;
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  Sm90Launch(const Sm90Launch&) = delete;
+
+  cudaError_t error;
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+};
 #endif
 
 // As launch(). cluster_size: consecutive blocks that run at the same time and reach each other's shared memory; divides
@@ -25,20 +51,8 @@ cudaError_t launch_sm90(const char* name, void (*kernel)(Params), dim3 grid, dim
   return cudaSuccess;
 #else
   static_cast<void>(name);
-  if (const cudaError_t error = allow_smem(kernel, smem_bytes); error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster_size;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  const Sm90Launch launch(kernel, grid, block, cluster_size, smem_bytes, stream);
+  return launch.error != cudaSuccess ? launch.error : cudaLaunchKernelEx(&launch.config, kernel, params);
 #endif
 }
 

@@ -79,6 +79,30 @@ DEV void add(HeadValues<kHeadDim, kVec>& values, const HeadValues<kHeadDim, kVec
   }
 }
 
+// What turns deviations from a rounded mean into normalised values: deviation * rstd + shift.
+struct Normalisation {
+  float rstd;
+  float shift;
+};
+
+// deviation, square: sums of the deviations and of their squares over a head.
+template <int kHeadDim>
+DEV Normalisation normalisation(float deviation, float square, float eps) {
+  // The deviations' own mean corrects the rounded one, as in layer_norm.
+  const float correction = deviation / kHeadDim;
+  const float variance = fmaf(-correction, correction, square / kHeadDim);
+  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
+  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + eps);
+  return {rstd, -correction * rstd};
+}
+
+// Turns two values that belong together.
+DEV void rotate(float& first, float& second, float cos, float sin) {
+  const float turned = fmaf(first, cos, -(second * sin));
+  second = fmaf(second, cos, first * sin);
+  first = turned;
+}
+
 // values = (values - mean) * rstd * weight + bias. weight, bias: [kHeadDim] of this head. Every lane of the warp calls.
 template <bool kAligned, int kHeadDim, int kVec, typename scalar_t>
 DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, const scalar_t* bias, float eps,
@@ -104,12 +128,8 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
       square = fmaf(values.second[i][j], values.second[i][j], square);
     }
   }
-  // The deviations' own mean corrects the rounded one, as in layer_norm.
-  const float correction = sum_lanes<Layout::kLanes>(deviation) / kHeadDim;
-  const float variance = fmaf(-correction, correction, sum_lanes<Layout::kLanes>(square) / kHeadDim);
-  // variance - variance: 0, or NaN where the squares overflowed, which 1 / inf would hide. fmaxf would turn NaN into 0.
-  const float rstd = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance + (variance - variance)) + eps);
-  const float shift = -correction * rstd;
+  const Normalisation n =
+      normalisation<kHeadDim>(sum_lanes<Layout::kLanes>(deviation), sum_lanes<Layout::kLanes>(square), eps);
 #pragma unroll
   for (int i = 0; i < Layout::kPairs; ++i) {
     const int2 column = Layout::columns(i, half_rotary_dim);
@@ -119,7 +139,7 @@ DEV void norm_head(HeadValues<kHeadDim, kVec>& values, const scalar_t* weight, c
       load_vector<kAligned>(weight + begin, w);
       load_vector<kAligned>(bias + begin, b);
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) part[j] = fmaf(fmaf(part[j], rstd, shift), w[j], b[j]);
+      for (int j = 0; j < kVec; ++j) part[j] = fmaf(fmaf(part[j], n.rstd, n.shift), w[j], b[j]);
     };
     scale(column.x, values.first[i]);
     scale(column.y, values.second[i]);
@@ -139,12 +159,7 @@ DEV void rope_head(HeadValues<kHeadDim, kVec>& values, const float* cos_sin, int
     load_vector<kAligned>(cos_sin + column, cos);
     load_vector<kAligned>(cos_sin + half_rotary_dim + column, sin);
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      const float first = values.first[i][j];
-      const float second = values.second[i][j];
-      values.first[i][j] = fmaf(first, cos[j], -(second * sin[j]));
-      values.second[i][j] = fmaf(second, cos[j], first * sin[j]);
-    }
+    for (int j = 0; j < kVec; ++j) rotate(values.first[i][j], values.second[i][j], cos[j], sin[j]);
   }
 }
 

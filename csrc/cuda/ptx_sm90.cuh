@@ -5,7 +5,8 @@
 #include "csrc/cuda/ptx.cuh"
 #include "csrc/cuda/tensor_map.h"
 
-// Whether this pass of nvcc compiles for sm_90a. Kernels that use this file have their bodies inside it.
+// Whether this pass of the compiler is one for sm_90a. Kernels that use this file or wgmma.cuh have their bodies inside
+// it, and are launched where DeviceLimits::runs_sm90a.
 #if defined(PF_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define PF_SM90A 1
 #endif
@@ -24,6 +25,9 @@ inline void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes PF_SITE) {
   emu::mbarrier_arrive_expect_tx(barrier, bytes, EMU_HERE);
 }
 inline void mbarrier_wait(uint32_t barrier, int parity PF_SITE) { emu::mbarrier_wait(barrier, parity, EMU_HERE); }
+inline void stmatrix(uint32_t address, const uint32_t (&r)[4] PF_SITE) {
+  emu::stmatrix<4, false>(address, r, EMU_HERE);
+}
 inline void fence_proxy_async() { emu::fence_proxy_async(); }
 template <int N>
 inline void tma_load(uint32_t dst, const CUtensorMap* map, uint32_t barrier, const int (&at)[N] PF_SITE) {
@@ -88,6 +92,13 @@ DEV void mbarrier_wait(uint32_t barrier, int parity) {
       "@!done bra again;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+}
+
+// stmatrix (9.7.14): the inverse of ldmatrix, of four matrices.
+DEV void stmatrix(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+               "r"(r[2]), "r"(r[3])
+               : "memory");
 }
 
 // fence.proxy.async: what this thread wrote to shared memory by ordinary stores, before what TMA and wgmma read.

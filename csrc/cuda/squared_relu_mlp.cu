@@ -34,6 +34,11 @@
 namespace persimmon_fast::cuda {
 namespace {
 
+DEV float relu_of(float z) { return z <= 0.0f ? 0.0f : z; }  // NaN stays
+
+// What orders fp16 numbers that are not negative, as integers: NaN > inf > finite.
+DEV uint32_t order_bits(__half x) { return __half_as_ushort(x) & 0x7fff; }
+
 // out = relu(product + bias), in fp32 its square; fp16: also the maximum of each row.
 template <typename scalar_t>
 struct ReluEpilogue {
@@ -42,6 +47,8 @@ struct ReluEpilogue {
   uint32_t* row_max;  // fp16
   int64_t out_row_stride;
   bool vectorised;
+
+  bool finishes_on_sm90() const { return vectorised; }
 
   template <typename Tile>
   DEV void operator()(const Tile& tile) const {
@@ -53,23 +60,55 @@ struct ReluEpilogue {
       float relu[kPiece];
 #pragma unroll
       for (int i = 0; i < kPiece; ++i) {
-        const float z = values[i] + r_bias[i];
-        relu[i] = z <= 0.0f ? 0.0f : z;  // NaN stays
+        relu[i] = relu_of(values[i] + r_bias[i]);
         if constexpr (std::is_same_v<scalar_t, float>) relu[i] *= relu[i];
       }
       write_piece(out + row_idx * out_row_stride + col_idx, n, vectorised, relu);
       if constexpr (std::is_same_v<scalar_t, __half>) {
-        uint32_t largest = 0;  // of what was stored; as integers, NaN > inf > finite
+        uint32_t largest = 0;  // of what was stored
 #pragma unroll
-        for (int i = 0; i < kPiece; ++i) {
-          largest = max(largest, static_cast<uint32_t>(__half_as_ushort(__float2half_rn(relu[i])) & 0x7fff));
-        }
+        for (int i = 0; i < kPiece; ++i) largest = max(largest, order_bits(__float2half_rn(relu[i])));
         largest = reduce_lanes<Tile::kLanesPerRow>(largest, [](uint32_t a, uint32_t b) { return max(a, b); });
         if (n > 0 && col == 0) atomicMax(row_max + row_idx, largest);
       }
     });
   }
 };
+
+template <typename scalar_t, int kCols>
+DEV void finish(const ReluEpilogue<scalar_t>& epilogue, const WarpTile<kCols>& tile) {
+  using Tile = WarpTile<kCols>;
+  uint32_t largest[2] = {};  // of this lane's columns, per row
+#pragma unroll
+  for (int index = 0; index < Tile::kSlabs; ++index) {
+    if (index * kSlabCols >= tile.cols) break;
+#pragma unroll
+    for (int j = index * Tile::kSlabBlocks; j < (index + 1) * Tile::kSlabBlocks; ++j) {
+      const int column = tile.column(j);
+      const bool exists = column < tile.cols;
+      const float2 bias = load_pair(epilogue.bias + tile.col0 + column, exists && epilogue.bias != nullptr);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& value = tile.acc[4 * j + i];
+        value = relu_of(value + (i % 2 == 0 ? bias.x : bias.y));
+        if constexpr (std::is_same_v<scalar_t, __half>) {
+          if (exists) largest[i / 2] = max(largest[i / 2], order_bits(__float2half_rn(value)));
+        }
+      }
+    }
+    tile.template store_slab<scalar_t>(index, [&](int r) {
+      return epilogue.out + (tile.row0 + r) * epilogue.out_row_stride + tile.col0 + index * kSlabCols;
+    });
+  }
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint32_t most = reduce_lanes<4>(largest[h], [](uint32_t a, uint32_t b) { return max(a, b); });
+      const int row = h * 8 + tile.lane / 4;
+      if (tile.lane % 4 == 0 && row < tile.rows) atomicMax(epilogue.row_max + tile.row0 + row, most);
+    }
+  }
+}
 
 // The same for up to kMaxSkipRows rows, in the layout of DownScratch: rows of a neuron together, and which neurons are
 // active. A lane has one column of all rows, so that a warp's vote is a mask.
@@ -105,12 +144,11 @@ struct ActiveEpilogue {
           const int row = group * kChunk + i;
           // Behind the last neuron stand products with zeros: NaN where x has an inf or a NaN.
           const float z = exists && row < tile.rows ? tile.at(row, col) + b : 0.0f;
-          const float relu = z <= 0.0f ? 0.0f : z;  // NaN stays
+          const float relu = relu_of(z);
           from_float(kIsHalf ? relu : relu * relu, chunk.values[i]);
           is_active |= to_float(chunk.values[i]) != 0.0f;  // NaN too
           if constexpr (kIsHalf) {
-            const uint32_t bits = static_cast<uint32_t>(__half_as_ushort(chunk.values[i]) & 0x7fff);
-            const uint32_t most = __reduce_max_sync(kFullMask, bits);
+            const uint32_t most = __reduce_max_sync(kFullMask, order_bits(chunk.values[i]));
             if (lane == i) largest = most;
           }
         }

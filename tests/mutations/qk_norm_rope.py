@@ -10,7 +10,7 @@ MUTANTS = [
     Mutant("strides are taken for aligned", "stride % kVec == 0", "stride >= 0"),
     Mutant("LayerNorm weights per head are those of head 0", "head_idx * norm.head_stride", "0", _SHARED),
     Mutant("the sines are the cosines", "cos_sin + half_rotary_dim + column", "cos_sin + column", _SHARED),
-    Mutant("the rotation goes backwards", "-(second * sin[j])", "second * sin[j]", _SHARED),
+    Mutant("the rotation goes backwards", "-(second * sin)", "second * sin", _SHARED),
     Mutant("columns past rotary_dim are rotated", "if (column >= half_rotary_dim) continue;", "", _SHARED),
     Mutant(
         "the last exchange of the statistics is missing", "lane_mask > 0;", "lane_mask > 1;", "csrc/cuda/reduce.cuh"

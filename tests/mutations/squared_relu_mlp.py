@@ -4,8 +4,8 @@ GEMM = "csrc/cuda/gemm.cuh"
 SCALE = "csrc/cuda/squared_relu.cuh"
 
 MUTANTS = [
-    Mutant("NaN becomes zero", "relu[i] = z <= 0.0f ? 0.0f : z;", "relu[i] = z > 0.0f ? z : 0.0f;"),
-    Mutant("no relu", "relu[i] = z <= 0.0f ? 0.0f : z;", "relu[i] = z;"),
+    Mutant("NaN becomes zero", "return z <= 0.0f ? 0.0f : z;", "return z > 0.0f ? z : 0.0f;"),
+    Mutant("no relu", "return z <= 0.0f ? 0.0f : z;", "return z;"),
     Mutant("a row's maximum is that of its first 8 columns", "reduce_lanes<Tile::kLanesPerRow>", "reduce_lanes<1>"),
     Mutant("a row's maximum is that of its last tile", "atomicMax(row_max + row_idx", "atomicExch(row_max + row_idx"),
     Mutant("rows are never divided", "7), 30); }", "22), 22); }", SCALE),
