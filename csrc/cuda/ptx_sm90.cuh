@@ -47,8 +47,25 @@ template <int N>
 inline void tma_store_wait_read(PF_SITE0) {
   emu::tma_store_wait(N, true, EMU_HERE);
 }
+template <int N>
+inline void tma_store_wait(PF_SITE0) {
+  emu::tma_store_wait(N, false, EMU_HERE);
+}
 inline void prefetch_tensor_map(const CUtensorMap*) {}
 inline int cluster_rank() { return emu::cluster_rank(); }
+inline uint32_t map_shared_rank(uint32_t address, int rank PF_SITE) {
+  return emu::map_shared_rank(address, rank, EMU_HERE);
+}
+template <typename T>
+inline T ld_shared_cluster(uint32_t address PF_SITE) {
+  static_assert(sizeof(T) == 4);
+  return emu::ld_shared_cluster<T>(address, EMU_HERE);
+}
+template <typename T>
+inline void st_shared_cluster(uint32_t address, T value PF_SITE) {
+  static_assert(sizeof(T) == 4);
+  emu::st_shared_cluster(address, value, EMU_HERE);
+}
 inline void cluster_arrive(PF_SITE0) { emu::cluster_arrive(EMU_HERE); }
 inline void cluster_wait(PF_SITE0) { emu::cluster_wait(EMU_HERE); }
 template <int N>
@@ -141,7 +158,8 @@ DEV void tma_load_multicast(uint32_t dst, const CUtensorMap* map, uint32_t barri
 }
 
 // The box in shared memory to the tensor, in the thread's current group; commit closes it. wait_read: until of all but
-// the N last groups shared memory has been read and may be overwritten.
+// the N last groups shared memory has been read and may be overwritten; wait: until their writes are done, and visible
+// to this thread.
 template <int N>
 DEV void tma_store(const CUtensorMap* map, uint32_t src, const int (&at)[N]) {
   static_assert(N == 2 || N == 3);
@@ -160,6 +178,10 @@ template <int N>
 DEV void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
 }
+template <int N>
+DEV void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
 DEV void prefetch_tensor_map(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 // Clusters: the block's number in its cluster; a barrier of all threads of the cluster in two halves.
@@ -167,6 +189,29 @@ DEV int cluster_rank() {
   int rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
+}
+// mapa (9.7.9.24): the address of the same place in the shared memory of block `rank`; ld and st of 4 bytes there. The
+// block must have begun and must not end before: cluster_arrive() and cluster_wait() on both sides.
+DEV uint32_t map_shared_rank(uint32_t address, int rank) {
+  uint32_t mapped;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+template <typename T>
+DEV T ld_shared_cluster(uint32_t address) {
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  T value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+template <typename T>
+DEV void st_shared_cluster(uint32_t address, T value) {
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
+  memcpy(&word, &value, 4);
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
 DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

@@ -29,6 +29,47 @@ EMU_RT void mbarrier_arrive_cluster(uint32_t address, int rank, Site site) {
   update_mbarrier(block, barrier, 1, 0, operation, site);
 }
 
+// ---- distributed shared memory: addresses of the whole cluster's, in a form of our own ----
+
+constexpr uint32_t kClusterAddress = 0x80000000;
+
+// mapa: the address of the same place in block `rank`.
+EMU_RT uint32_t map_shared_rank(uint32_t address, int rank, Site site) {
+  EMU_CHECK(rank >= 0 && rank < self()->block->cluster->size, site, "mapa: block %d of a cluster of %d", rank,
+            self()->block->cluster->size);
+  EMU_CHECK(address < kArenaBytes, site, "mapa: 0x%x is no address of the block's shared memory", address);
+  return kClusterAddress | static_cast<uint32_t>(rank) << 24 | address;
+}
+
+EMU_RT char* cluster_word(uint32_t address, const char* operation, Site site) {
+  EMU_CHECK((address & kClusterAddress) != 0, site, "%s: address 0x%x is not one that mapa has given", operation,
+            address);
+  Block* block = block_of_cluster(static_cast<int>(address >> 24 & 0x7f), operation, site);
+  char* data = shared_range(block, address & 0xffffff, 4, 4, operation, site);
+  if (copies_in_flight(block, data) != 0) fail_in_flight(block, operation, data, site);
+  return data;
+}
+
+// ld.shared::cluster and st.shared::cluster of 4 bytes
+template <class T>
+EMU_RT T ld_shared_cluster(uint32_t address, Site site) {
+  const char* data = cluster_word(address, "ld.shared::cluster", site);
+  hb_read(data, 4);
+  check_access(site);
+  uint32_t word;
+  __builtin_memcpy(&word, data, 4);
+  return __builtin_bit_cast(T, word);
+}
+template <class T>
+EMU_RT void st_shared_cluster(uint32_t address, T value, Site site) {
+  char* data = cluster_word(address, "st.shared::cluster", site);
+  hb_write(data, 4);
+  check_access(site);
+  __builtin_memcpy(data, &value, 4);
+}
+
+// ---- the barrier of the cluster ----
+
 EMU_RT void complete_cluster_barrier(Cluster* cluster) {
   if (cluster->barrier.arrived >= cluster->live_threads) complete_barrier(cluster->barrier);
 }

@@ -60,10 +60,11 @@ EMU_RT void end_thread() {
   }
   check_wgmmas_are_waited_for(thread);
   note_progress();
-  if (--block->live == 0) {
+  if (block->live == 1) {
     check_no_bulk_copies(block);
     check_register_changes(block);
   }
+  --block->live;
   leave_cluster(thread);
   if (block->live > 0 && block->barriers[0].arrived >= block->live) complete_barrier(block->barriers[0]);
   hb_release(&block->order_token[block->num_started % 2]);
@@ -240,7 +241,11 @@ inline void check_cluster(dim3 grid) {
   if (!machine.grid.is_sm90) return;
   EMU_CHECK(config().architecture >= 90, Site{}, "a kernel for sm_90a, launched on sm_%d (PF_EMU_ARCH)",
             config().architecture);
-  EMU_CHECK(size >= 1 && size <= 8, Site{}, "a cluster of %u blocks; 1 to 8 are allowed", size);
+  EMU_CHECK(size >= 1 && size <= kMaxClusterBlocks, Site{}, "a cluster of %u blocks; 1 to %d are allowed", size,
+            kMaxClusterBlocks);
+  const size_t num_threads = size_t{size} * machine.grid.block_dim.x * machine.grid.block_dim.y;
+  EMU_CHECK(num_threads * machine.grid.block_dim.z <= ReadyQueue::kCapacity, Site{},
+            "a cluster has more threads than the emulator can run at a time, %u", ReadyQueue::kCapacity);
   EMU_CHECK(grid.x % size == 0, Site{}, "a grid of %u blocks in x is not whole clusters of %u", grid.x, size);
 }
 

@@ -29,7 +29,7 @@ constexpr size_t kMaxParameterBytes = 4096;
 constexpr size_t kGranuleBytes = 16;  // in which copies in flight are counted
 constexpr int kMaxMbarriers = 64;     // of a block
 constexpr int kMaxBulkCopies = 256;   // of TMA, in flight in the grid
-constexpr int kMaxClusterBlocks = 16;
+constexpr int kMaxClusterBlocks = 8;
 constexpr int kMaxWarpgroups = kMaxThreadsPerBlock / 128;
 
 struct Block;

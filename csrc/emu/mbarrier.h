@@ -36,6 +36,7 @@ EMU_RT Mbarrier& find_mbarrier(Block* block, uint32_t address, const char* opera
               barrier.site.line);
     // To ThreadSanitizer the init writes and all other operations read.
     hb_read(block->arena + address, 8);
+    check_access(site);
     return barrier;
   }
   fail(site, "%s: the mbarrier at shared address 0x%x is not initialised", operation, address);

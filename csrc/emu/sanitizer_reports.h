@@ -52,8 +52,9 @@ __attribute__((cold, no_sanitize("thread"))) inline size_t append_frame(size_t l
   return append_error(length, " at %.*s", static_cast<int>(module - file - 2), file + 1);
 }
 
-// "data race: write of size 4 by block (0,0,0) thread 1 at a.cu:12, previous read of size 4 by ... at a.cu:10"
-__attribute__((cold, noinline, no_sanitize("thread"))) inline void fail_with_report() {
+// "data race: write of size 4 by block (0,0,0) thread 1 at a.cu:12, previous read of size 4 by ... at a.cu:10". access:
+// of an instruction that accesses memory by the emulator alone; its caller's line is in no report.
+__attribute__((cold, noinline, no_sanitize("thread"))) inline void fail_with_report(Site access) {
   static char gist[1024];
   size_t length = append_error(0, "data race:");
   int num_accesses = 0;
@@ -91,12 +92,13 @@ __attribute__((cold, noinline, no_sanitize("thread"))) inline void fail_with_rep
   }
   std::memcpy(gist, machine.error, length < sizeof gist ? length + 1 : sizeof gist);
   gist[sizeof gist - 1] = '\0';
-  fail(Site{}, "%s (the full report is on stderr)", gist);
+  fail(access, "%s (the full report is on stderr)", gist);
 }
 
-EMU_RT void check_sanitizer_reports(Site) {
-  if (__builtin_expect(*static_cast<volatile char*>(report_file.text) != 0, 0)) fail_with_report();
+EMU_RT void check_access(Site access) {
+  if (__builtin_expect(*static_cast<volatile char*>(report_file.text) != 0, 0)) fail_with_report(access);
 }
+EMU_RT void check_sanitizer_reports(Site) { check_access(Site{}); }
 
 #elif EMU_ASAN
 
@@ -116,12 +118,14 @@ inline void close_reports() { __asan_set_error_report_callback(nullptr); }
 EMU_RT void check_sanitizer_reports(Site site) {
   EMU_CHECK(asan_report[0] == '\0', site, "AddressSanitizer, before this point: %s", asan_report);
 }
+EMU_RT void check_access(Site) {}
 
 #else
 
 inline void open_reports() {}
 inline void close_reports() {}
 EMU_RT void check_sanitizer_reports(Site) {}
+EMU_RT void check_access(Site) {}
 
 #endif
 

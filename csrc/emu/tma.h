@@ -116,6 +116,7 @@ EMU_RT void load_to_block(Block* block, uint32_t dst, const TensorMap* map, uint
             operation, base_name(state.site.file), state.site.line);
   // Readers of the old content must have finished by now, not only when the copy is done.
   hb_write(data, box_bytes(map));
+  check_access(site);
   BulkCopy* copy = add_bulk_copy(map, at, block, dst, site);
   copy->is_store = false;
   copy->mbarrier = barrier;
@@ -177,6 +178,7 @@ EMU_RT void tma_store(const CUtensorMap* encoded, uint32_t src, int rank, const 
   hb_read(data, box_bytes(map));
   BulkCopy* copy = add_bulk_copy(map, at, block, src, site);
   leave_fiber(caller);
+  check_access(site);
   copy->is_store = true;
   copy->group = self()->num_store_groups;
   if (machine.config.async == AsyncPolicy::kEarly) finish_store(machine.num_bulk_copies - 1);

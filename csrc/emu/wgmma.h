@@ -184,6 +184,7 @@ EMU_RT void wgmma(float* d, int num_registers, const uint32_t* a, uint64_t a_des
   own.group[number % kMaxWgmmas] = own.num_groups;
   if (EMU_TSAN && thread % kWarpSize == 0) {  // each warp must know that the operands are there
     touch_operands(operation);
+    check_access(site);
     hb_release(&operation.token);  // that one thread has waited is enough to overwrite them
   }
   if (++operation.num_threads < kWarpgroupThreads) return;
@@ -192,6 +193,7 @@ EMU_RT void wgmma(float* d, int num_registers, const uint32_t* a, uint64_t a_des
   if (EMU_TSAN) touch_operands(operation);
   hb_release(&operation.token);
   leave_fiber(caller);
+  check_access(site);
   if (machine.config.async == AsyncPolicy::kEarly) {
     while (can_execute(warpgroup)) execute_wgmma(warpgroup);
   }

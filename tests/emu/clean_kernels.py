@@ -9,6 +9,7 @@ import itertools
 import sys
 
 import numpy as np
+from cute import bits_of
 from kernel_library import ASYNC_POLICIES, SCHEDULES, Library, run_fault
 
 LANES = np.arange(32)
@@ -118,16 +119,55 @@ def math(library: Library) -> None:
     assert out[9] == np.float32(np.float16(x))
 
 
+def sm90_gemm(library: Library) -> None:
+    rng = np.random.default_rng(0)
+    for k in (64, 192, 448, 200):  # one tile, as many as stages, twice as many and one more, a tail
+        a, b = rng.integers(-8, 9, (64, k)), rng.integers(-8, 9, (64, k))
+        d = np.full((64, 64), np.nan, np.float32)
+        library.run("gemm", bits_of(a, "bf16"), bits_of(b, "bf16"), d, numbers=(0, 64, k))
+        np.testing.assert_array_equal(d, a @ b.T)
+
+
+def sm90_cluster_gemm(library: Library) -> None:
+    rng = np.random.default_rng(1)
+    for k in (64, 192, 448, 200):
+        a, b = rng.integers(-8, 9, (128, k)), rng.integers(-8, 9, (64, k))
+        d = np.full((128, 64), np.nan, np.float32)
+        library.run("cluster_gemm", bits_of(a, "bf16"), bits_of(b, "bf16"), d, numbers=(0, 64, k))
+        np.testing.assert_array_equal(d, a @ b.T)
+
+
+def sm90_cluster_exchange(library: Library) -> None:
+    out, threads = np.zeros((4, 2, 64), np.int32), np.arange(64)
+    library.run("cluster_exchange", out)
+    for block in range(4):
+        np.testing.assert_array_equal(out[block, 0], 100 * (block ^ 1) + (threads + 1) % 64)
+        np.testing.assert_array_equal(out[block, 1], 1000 + 100 * (block ^ 1) + threads)
+
+
+def sm90_tma_store(library: Library) -> None:
+    tensor, seen = np.zeros((2, 512), np.uint16), np.zeros(1, np.uint32)
+    library.run("tma_store", tensor, seen)
+    np.testing.assert_array_equal(tensor[0, :64].view(np.uint32), LANES)
+
+
+def sm90_product(library: Library) -> None:
+    d = np.zeros(128, np.float32)
+    library.run("product", d)
+    np.testing.assert_array_equal(d, 32)
+
+
 CHECKS = (
     builtin_variables, shuffles, votes, reductions, atomics, byte_permutes, cp_async_sizes, cp_async_pipeline,
-    named_barriers, chain_of_blocks, grid_barrier, math,
+    named_barriers, chain_of_blocks, grid_barrier, math, sm90_gemm, sm90_cluster_gemm, sm90_cluster_exchange,
+    sm90_tma_store, sm90_product,
 )  # fmt: skip
 # The correct variants of the kernels of test_faults.py whose threads depend on each other.
 CORRECT = (
     "missing_barrier", "missing_barrier_before_reuse", "divergent_barrier", "uneven_rounds", "deadlock",
     "divergent_shuffle", "wrong_wait_count", "wrong_wait_count_ldmatrix", "missing_barrier_after_wait",
     "race_in_block", "race_between_blocks", "last_block", "plain_read_of_a_flag", "relaxed_message", "livelock",
-    "dependent_launch",
+    "dependent_launch", "tma_load", "registers", "cluster_wait_without_arrive",
 )  # fmt: skip
 
 
@@ -146,7 +186,7 @@ def check_all(library: Library, configuration: dict) -> None:
 def configurations() -> list[dict]:
     """Every schedule with every policy. The blocks of a chain wait for each other, so all four are resident."""
     return [
-        {"sched": sched, "async_policy": policy, "seed": seed, "resident": 4}
+        {"sched": sched, "async_policy": policy, "seed": seed, "resident": 4, "architecture": 90}
         for seed, (sched, policy) in enumerate(itertools.product(SCHEDULES, ASYNC_POLICIES))
     ]
 

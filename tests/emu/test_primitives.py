@@ -14,7 +14,7 @@ import pytest
 
 @pytest.mark.parametrize("check", clean_kernels.CHECKS, ids=lambda check: check.__name__)
 def test_primitive(library, check):
-    library.configure(resident=4)
+    library.configure(resident=4, architecture=90)
     check(library)
 
 
@@ -72,6 +72,7 @@ def test_unknown_setting_is_refused(library, setting, message):
         ("PF_EMU_SEED", "one", "PF_EMU_SEED must be a number, got 'one'"),
         ("PF_EMU_RESIDENT", "-1", "resident must be"),
         ("PF_EMU_MAX_SHARED_BYTES", "512", "dynamic shared memory; a block may use 512"),
+        ("PF_EMU_ARCH", "75", "architecture must be 80 or 90, got 75"),
     ],
 )
 def test_environment_variables_are_read(plain_path, variable, value, message):
