@@ -30,6 +30,7 @@ FAMILIES = [
     "squared_relu_down",
     "gemm_sm90",
     "flash_attention",
+    "flash_attention_sm90",
     "paged_attention",
 ]
 TIMEOUT_S = 300  # an endless loop is found too

@@ -12,6 +12,7 @@ from helpers import (
     CUDA,
     DTYPES,
     EMU,
+    EMU_SM90,
     FLOOR,
     ISAS,
     assert_within_contract,
@@ -30,12 +31,25 @@ LENGTHS = [(0, 0), (0, 5), (3, 0), (1, 1), (1, 200), (3, 65), (5, 64), (63, 63),
 # CPU: bf16 on AMX leaves these to torch's kernel where it is faster. CUDA: more than one block of 128 queries, at least
 # 5 tiles of keys, which is twice the stages + 1; the last has blocks and rows without keys.
 LONG = [(200, 200), (130, 300), (300, 140)]
-GPU_KERNELS = [EMU, CUDA]
+GPU_KERNELS = [EMU, EMU_SM90, CUDA]
+BACKENDS = [*BACKENDS, EMU_SM90]
 # fp16 and bf16 are one CUDA source: under the sanitizers, which take time, bf16 is enough.
 SANITIZED_DTYPES = [
     pytest.param(dtype, id=str(dtype), marks=[] if dtype == torch.float16 else [pytest.mark.sanitize])
     for dtype in DTYPES
 ]
+
+
+def kernel_depends_on_strides(name: str) -> bool:
+    """sm_90a: rows that TMA cannot address are left to the kernel for any GPU, which sums in another order."""
+    return name == "emu_sm90" or (name == "cuda" and torch.cuda.get_device_capability() == (9, 0))
+
+
+def assert_same_results(name, actual, expected, dtype):
+    if kernel_depends_on_strides(name) and dtype != torch.float32:
+        assert_within_contract(actual, expected.double(), expected, "another kernel")
+    else:
+        assert torch.equal(actual, expected)
 
 
 def cu_seqlens(lengths, device="cpu") -> torch.Tensor:
@@ -161,10 +175,10 @@ def test_maximum_that_grows_from_tile_to_tile(name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_varlen_is_the_sequences_one_by_one(name, dtype):
     lengths_q, lengths_k = [5, 0, 150, 1, 64], [9, 3, 150, 300, 64]
-    if name == "emu":
+    if name not in ISAS:
         lengths_q, lengths_k = [5, 0, 130, 1], [9, 3, 50, 70]
     with backend(name) as device:
-        q, k, v = inputs(sum(lengths_q), sum(lengths_k), dtype, num_heads=1 if name == "emu" else 2, device=device)
+        q, k, v = inputs(sum(lengths_q), sum(lengths_k), dtype, num_heads=2 if name in ISAS else 1, device=device)
         out, lse = packed(q, k, v, lengths_q, lengths_k)
         parts = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), lengths_q, lengths_k, strict=True)
         singles = [packed(a, b, c, [n], [m]) for a, b, c, n, m in parts]
@@ -195,9 +209,9 @@ def test_batched_layout_against_sdpa(name, dtype):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 def test_keys_beyond_seqused_are_never_read(name, dtype, causal):
     lengths_q, lengths_k, used = [4, 150, 2], [70, 200, 66], [65, 150, 0]
-    if name == "emu":
+    if name not in ISAS:
         lengths_q, lengths_k, used = [4, 20, 2], [70, 80, 66], [65, 30, 0]
-    q, k, v = inputs(sum(lengths_q), sum(lengths_k), dtype, num_heads=1 if name == "emu" else 2)
+    q, k, v = inputs(sum(lengths_q), sum(lengths_k), dtype, num_heads=2 if name in ISAS else 1)
     starts = cu_seqlens(lengths_k).tolist()
     kept = torch.cat([torch.arange(s, s + n) for s, n in zip(starts[:-1], used, strict=True)])
     with backend(name) as device:
@@ -288,7 +302,7 @@ def test_views_of_a_packed_projection(name, dtype, seqlen):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", SANITIZED_DTYPES)
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_alignment_changes_no_bit(name, dtype, which):
+def test_alignment_changes_no_result(name, dtype, which):
     with backend(name) as device:
         tensors = inputs(20, 70, dtype, num_heads=1, device=device)
         expected = packed(*tensors, [20], [70])
@@ -296,8 +310,8 @@ def test_alignment_changes_no_bit(name, dtype, which):
         tensors[which] = odd_strides.copy_(tensors[which])
         assert tensors[which].data_ptr() % 16 != 0
         out = packed(*tensors, [20], [70])
-    assert torch.equal(out[0], expected[0])
-    assert torch.equal(out[1], expected[1])
+    assert_same_results(name, out[0], expected[0], dtype)
+    assert max_error(out[1], expected[1]) <= (FLOOR[torch.float32] * 10 if kernel_depends_on_strides(name) else 0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -16,9 +16,9 @@ namespace persimmon_fast::cuda {
 // Scores are kept as bare dot products, and weights are 2^(score * scale_log2 - maximum * scale_log2): one FMA each.
 // That needs scale_log2 > 0, so a negative softmax_scale is moved to q, and 0 becomes a number so small that every
 // product with a score below 1e30 gives the weight 2^0, while a masked score stays -inf.
-DEV float positive_scale_log2(const AttentionParams& p) {
+constexpr float positive_scale_log2(const AttentionParams& p) {
   constexpr float kLog2E = 1.4426950408889634f;
-  const float scale = fabsf(p.softmax_scale) * kLog2E;
+  const float scale = (p.softmax_scale < 0.0f ? -p.softmax_scale : p.softmax_scale) * kLog2E;
   return scale == 0.0f ? FLT_MIN : scale;
 }
 DEV float q_sign(const AttentionParams& p) { return p.softmax_scale < 0.0f ? -1.0f : 1.0f; }
@@ -32,6 +32,14 @@ DEV float scaled_maximum(float maximum, float scale_log2) { return maximum == -I
 DEV float rescale(float from, float to, float scale_log2) {
   if (from == -INFINITY) return to == -INFINITY ? 1.0f : 0.0f;
   return ptx::exp2_approx(scaled_maximum(from, scale_log2) - scaled_maximum(to, scale_log2));
+}
+
+// By how much a score exceeds the maximum before it replaces it: that is a weight of 2^8, for which fp32 sums and fp16
+// weights have room. Bounded, so that -inf + slack stays -inf and any first maximum is taken.
+constexpr float maximum_slack(float scale_log2) {
+  constexpr float kMaxWeightLog2 = 8.0f;
+  constexpr float kBound = 1e30f;
+  return kMaxWeightLog2 < kBound * scale_log2 ? kMaxWeightLog2 / scale_log2 : kBound;
 }
 
 // Natural logarithm of a softmax denominator: -inf without keys, NaN stays NaN.
@@ -167,6 +175,33 @@ DEV float quad_sum(float value) {
   return value + __shfl_xor_sync(kFullMask, value, 2);
 }
 
+// Online softmax of one row of a tile, of which this lane holds scores[n][i] and scores[n][i + 1], as accumulators lie:
+// they become weights relative to `maximum`. Returns the factor of what was added up before; mostly 1, see
+// maximum_slack.
+template <int kTiles>
+DEV float softmax_row(float (&scores)[kTiles][4], int i, float& maximum, float& denominator, float scale_log2,
+                      float slack) {
+  float tile_maximum = -INFINITY;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) tile_maximum = fmaxf(tile_maximum, fmaxf(scores[n][i], scores[n][i + 1]));
+  tile_maximum = quad_max(tile_maximum);
+  const bool moves = tile_maximum > maximum + slack;
+  const float correction = moves ? rescale(maximum, tile_maximum, scale_log2) : 1.0f;
+  if (moves) maximum = tile_maximum;
+  const float offset = scaled_maximum(maximum, scale_log2);
+  float sum = 0.0f;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int j = i; j < i + 2; ++j) {
+      scores[n][j] = ptx::exp2_approx(fmaf(scores[n][j], scale_log2, -offset));
+      sum += scores[n][j];
+    }
+  }
+  denominator = fmaf(denominator, correction, sum);
+  return correction;
+}
+
 // One query by one warp, on CUDA cores: lane l works on keys begin + l / 8 + 4 i and dims l % 8 + 8 j.
 template <int kHeadDim>
 struct RowAttention {
@@ -238,6 +273,23 @@ struct RowAttention {
 
 // 1 / denominator, and 0 for a query without keys.
 DEV float reciprocal(float denominator) { return denominator == 0.0f ? 0.0f : 1.0f / denominator; }
+
+// A masked key weighs 0, but 0 * NaN is NaN: where a row is not finite and the mask may have hidden a value from it,
+// the row is done again, exactly, from the keys that it sees. By a warp, for its rows first_row .. first_row + 7;
+// `lanes`: a bit for each lane that holds a value of such a row.
+template <typename scalar_t, int kHeadDim>
+DEV void repeat_rows(const AttentionParams& p, const Sequence& s, int head_idx, int first_row, unsigned lanes,
+                     const Rows<scalar_t>& k, const Rows<scalar_t>& v) {
+  if (lanes == 0) return;
+#pragma unroll 1
+  for (int g = 0; g < 8; ++g) {
+    if ((lanes >> (4 * g) & 0xfu) == 0) continue;
+    const int row = first_row + g;
+    RowAttention<kHeadDim> exact;
+    exact.run(p, query_row<scalar_t>(p, s, head_idx, row), k, v, 0, num_visible_keys(p, s, row));
+    exact.store(out_row<scalar_t, kHeadDim>(p, s, head_idx, row), reciprocal(exact.denominator));
+  }
+}
 
 template <typename scalar_t>
 bool rows_are_aligned(const AttentionParams& p) {

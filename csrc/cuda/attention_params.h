@@ -32,14 +32,16 @@ struct AttentionParams {
   int32_t num_heads;
   int32_t head_dim;  // 64 or 128
   int64_t total_q;
+  int64_t total_k;       // rows of k and v; with a page table: pages
   int64_t max_seqlen_q;  // bounds every sequence's queries
   float softmax_scale;
-  bool causal;          // bottom-right aligned: the last query sees every key
-  bool aligned;         // q, k, v: every row 16-byte aligned. Set by the launchers
-  DType dtype;          // of q, k, v, out
-  int32_t num_splits;   // paged_attention: ranges that the keys of a sequence are cut into, at most
-  float* partial_out;   // [batch_size, max_seqlen_q, num_heads, num_splits, head_dim]; null with one split
-  float* partial_stat;  // [batch_size, max_seqlen_q, num_heads, num_splits, 2]: score maximum, denominator
+  int32_t num_multiprocessors;  // of the device
+  bool causal;                  // bottom-right aligned: the last query sees every key
+  bool aligned;                 // q, k, v: every row 16-byte aligned. Set by the launchers
+  DType dtype;                  // of q, k, v, out
+  int32_t num_splits;           // paged_attention: ranges that the keys of a sequence are cut into, at most
+  float* partial_out;           // [batch_size, max_seqlen_q, num_heads, num_splits, head_dim]; null with one split
+  float* partial_stat;          // [batch_size, max_seqlen_q, num_heads, num_splits, 2]: score maximum, denominator
 };
 
 }  // namespace persimmon_fast::cuda

@@ -31,7 +31,10 @@
 #include <type_traits>
 
 #include "csrc/cuda/attention.cuh"
+#include "csrc/cuda/device_limits.h"
 #include "csrc/cuda/dispatch.h"
+#include "csrc/cuda/flash_attention_sm90.h"
+#include "csrc/cuda/launch_sm90.cuh"
 
 namespace persimmon_fast::cuda {
 namespace {
@@ -44,8 +47,6 @@ constexpr int kBlockM = kWarps * kWarpRows;
 constexpr int kStages = 2;
 template <int kHeadDim>
 constexpr int kBlockN = kHeadDim == 64 ? 64 : 32;
-// A maximum is replaced when it is exceeded by more than 2^8: fp32 sums and fp16 weights have that room.
-constexpr float kMaxWeightLog2 = 8.0f;
 
 template <int kHeadDim>
 constexpr size_t kSmemBytes = (kBlockM + 2 * kStages * kBlockN<kHeadDim>)*kHeadDim * 2;
@@ -113,35 +114,14 @@ struct WarpState {
 
   // Online softmax over a tile: scores become weights, relative to `maximum`.
   DEV void softmax(Scores& scores, Weights& weights, float scale_log2) {
-    // Bounded, so that -inf + slack stays -inf and any first maximum is taken.
-    const float slack = fminf(kMaxWeightLog2 / scale_log2, 1e30f);
+    const float slack = maximum_slack(scale_log2);
     float correction[kSlots];
     bool moved = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const int m = slot / 2;
-      const int i = slot % 2 * 2;
-      float tile_maximum = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-        tile_maximum = fmaxf(tile_maximum, fmaxf(scores[m][n][i], scores[m][n][i + 1]));
-      }
-      tile_maximum = quad_max(tile_maximum);
-      const bool moves = tile_maximum > maximum[slot] + slack;
-      correction[slot] = moves ? rescale(maximum[slot], tile_maximum, scale_log2) : 1.0f;
-      if (moves) maximum[slot] = tile_maximum;
-      moved |= moves;
-      const float offset = scaled_maximum(maximum[slot], scale_log2);
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kN / 8; ++n) {
-#pragma unroll
-        for (int j = i; j < i + 2; ++j) {
-          scores[m][n][j] = ptx::exp2_approx(fmaf(scores[m][n][j], scale_log2, -offset));
-          sum += scores[m][n][j];
-        }
-      }
-      denominator[slot] = fmaf(denominator[slot], correction[slot], sum);
+      correction[slot] =
+          softmax_row(scores[slot / 2], slot % 2 * 2, maximum[slot], denominator[slot], scale_log2, slack);
+      moved |= correction[slot] != 1.0f;
     }
     if (__any_sync(kFullMask, moved)) {  // rare after the first tiles; a factor of 1 changes no bit
 #pragma unroll
@@ -166,8 +146,7 @@ struct WarpState {
   }
 };
 
-// Writes the rows of a warp. A masked key weighs 0, but 0 * NaN is NaN: where a row is not finite and the mask may
-// have hidden a value from it, the row is done again, exactly, from the keys that it sees.
+// Writes the rows of a warp.
 template <typename scalar_t, int kHeadDim>
 DEV void store_rows(const AttentionParams& p, const Sequence& s, const WarpState<scalar_t, kHeadDim>& state,
                     int head_idx, int warp_row, const Rows<scalar_t>& k, const Rows<scalar_t>& v) {
@@ -202,15 +181,7 @@ DEV void store_rows(const AttentionParams& p, const Sequence& s, const WarpState
   }
 #pragma unroll
   for (int slot = 0; slot < 2 * kRowTiles; ++slot) {
-    if (again[slot] == 0) continue;
-#pragma unroll 1
-    for (int g = 0; g < 8; ++g) {
-      if ((again[slot] >> (4 * g) & 0xfu) == 0) continue;
-      const int row = warp_row + slot * 8 + g;
-      RowAttention<kHeadDim> exact;
-      exact.run(p, query_row<scalar_t>(p, s, head_idx, row), k, v, 0, num_visible_keys(p, s, row));
-      exact.store(out_row<scalar_t, kHeadDim>(p, s, head_idx, row), reciprocal(exact.denominator));
-    }
+    repeat_rows<scalar_t, kHeadDim>(p, s, head_idx, warp_row + slot * 8, again[slot], k, v);
   }
 }
 
@@ -369,6 +340,11 @@ cudaError_t launch_flash_attention(const AttentionParams& params, cudaStream_t s
   const int64_t num_blocks = flash_attention_num_blocks(params);
   if (num_blocks == 0) return cudaSuccess;
   if (num_blocks > INT32_MAX) return kTooLarge;
+  if constexpr (kBuiltSm90a) {
+    DeviceLimits limits;
+    if (const cudaError_t error = device_limits(limits); error != cudaSuccess) return error;
+    if (limits.runs_sm90a && flash_attention_sm90_takes(params)) return launch_flash_attention_sm90(params, stream);
+  }
   return dispatch_dtype(params.dtype, [&](auto scalar) {
     return dispatch_head_dim(params.head_dim, [&](auto head_dim) {
       return launch_typed<decltype(scalar), decltype(head_dim)::value>(params, stream);

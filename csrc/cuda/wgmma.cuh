@@ -22,6 +22,11 @@ DEV uint64_t wgmma_operand(uint32_t address, uint32_t group_stride = 16) {
   return (address & 0x3ffff) >> 4 | uint64_t{group_stride >> 4} << 16 | uint64_t{1024 >> 4} << 32 | kSwizzle128;
 }
 
+// The same operand some bytes further on: a sum of 32 bits, for the upper half is a constant.
+DEV uint64_t wgmma_operand_at(uint64_t operand, int bytes) {
+  return (operand >> 32 << 32) | (static_cast<uint32_t>(operand) + static_cast<uint32_t>(bytes >> 4));
+}
+
 #ifdef PF_EMULATE
 
 template <int kTransB, int R, typename scalar_t>
@@ -38,6 +43,10 @@ template <int N>
 inline void wgmma_wait(PF_SITE0) {
   emu::wgmma_wait(N, EMU_HERE);
 }
+template <int R>
+inline void wgmma_registers(float (&)[R]) {}
+template <int R>
+inline void wgmma_registers(uint32_t (&)[R][4]) {}
 
 #else
 
@@ -46,6 +55,18 @@ DEV void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "m
 template <int N>
 DEV void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// After a wait: no instruction, but the compiler moves no use of the sums before it, and gives the registers of a to
+// nobody until then.
+template <int R>
+DEV void wgmma_registers(float (&d)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int R>
+DEV void wgmma_registers(uint32_t (&a)[R][4]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
 
 // The registers of d in the assembly: 32 names, and 32 operands, at a time.

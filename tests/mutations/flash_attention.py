@@ -11,9 +11,7 @@ MUTANTS = [
         "if (key_begin + kN > unmasked_keys)",
         "if (p.causal && key_begin + kN > unmasked_keys)",
     ),
-    Mutant(
-        "the denominator is not rescaled", "fmaf(denominator[slot], correction[slot], sum)", "denominator[slot] + sum"
-    ),
+    Mutant("the denominator is not rescaled", "fmaf(denominator, correction, sum)", "denominator + sum", SHARED),
     Mutant("sums are not rescaled", "if (__any_sync(kFullMask, moved))", "if (moved && false)"),
     Mutant(
         "keys are not waited for",
@@ -45,7 +43,9 @@ MUTANTS = [
         "num_visible_keys(p, s, warp_row)",
     ),
     Mutant("hidden values reach other queries", "p.causal && in_range && probe != 0.0f", "false"),
-    Mutant("a row that is done again sees all keys", "k, v, 0, num_visible_keys(p, s, row)", "k, v, 0, s.num_keys"),
+    Mutant(
+        "a row that is done again sees all keys", "k, v, 0, num_visible_keys(p, s, row)", "k, v, 0, s.num_keys", SHARED
+    ),
     Mutant("lse without the scale", "maximum * fabsf(p.softmax_scale) + logf", "maximum + logf", SHARED),
     Mutant("lse of another head", "p.lse[head_idx * p.total_q", "p.lse[(p.num_heads - 1 - head_idx) * p.total_q"),
     Mutant("alignment is not looked at", "if (aligned) {", "if (true || aligned) {", SHARED),

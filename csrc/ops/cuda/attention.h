@@ -27,6 +27,7 @@ inline cuda::AttentionParams cuda_attention_params(const char* op, const at::Ten
   p.max_seqlen_q = std::min(max_seqlen_q, q.size(0));
   p.softmax_scale = static_cast<float>(softmax_scale);
   p.causal = causal;
+  p.num_multiprocessors = num_multiprocessors();
   p.dtype = dtype_tag(q);
   return p;
 }

@@ -23,6 +23,7 @@ std::tuple<at::Tensor, at::Tensor> flash_attention_cuda(const at::Tensor& q, con
   p.v = v.const_data_ptr();
   p.v_token_stride = v.stride(0);
   p.v_head_stride = v.stride(1);
+  p.total_k = k.size(0);
   p.lse = lse.mutable_data_ptr<float>();
   p.cu_seqlens_k = cu_seqlens_k.const_data_ptr<int32_t>();
   p.seqlens_k = static_cast<const int32_t*>(data_or_null(seqused_k));

@@ -30,6 +30,7 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& k_cache, 
   p.page_table = page_table.const_data_ptr<int32_t>();
   p.page_table_stride = page_table.stride(0);
   p.page_stride = k_cache.stride(0);
+  p.total_k = k_cache.size(0);
   p.page_size = static_cast<int32_t>(page_size);
   if (p.dtype == DType::kFloat32 || p.max_seqlen_q > cuda::kPagedMaxQueries) {
     check_num_blocks(kPagedAttention, p, cuda::flash_attention_num_blocks(p));

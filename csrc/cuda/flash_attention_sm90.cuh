@@ -1,0 +1,145 @@
+// flash_attention_sm90.cu: shapes, shared memory, and the items that a block works on.
+#pragma once
+
+#include "csrc/cuda/attention.cuh"
+#include "csrc/cuda/launch_sm90.cuh"
+#include "csrc/cuda/ptx_sm90.cuh"
+
+namespace persimmon_fast::cuda::flash_sm90 {
+
+constexpr int kGroupRows = 64;  // queries of a warpgroup: the m of wgmma
+constexpr int kBlockN = 128;    // keys of a tile
+constexpr int kStages = 3;
+constexpr int kGroupThreads = 128;
+constexpr int kGroupWarps = 4;
+constexpr int kRowBytes = 128;  // of a box: 64 elements, the width of the swizzle
+
+template <int kHeadDim>
+struct Shape {
+  static constexpr int kGroups = kHeadDim == 64 ? 3 : 2;  // warpgroups that multiply
+  static constexpr int kBlockM = kGroups * kGroupRows;
+  static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kLoadRegisters = kHeadDim == 64 ? 32 : 40;
+  static constexpr int kMultiplyRegisters = kHeadDim == 64 ? 160 : 232;
+  static constexpr int kBoxes = kHeadDim / 64;  // that lie beside each other
+  static constexpr int kQueryBytes = kGroupRows * kHeadDim * 2;
+  static constexpr int kTileBytes = kBlockN * kHeadDim * 2;
+  static constexpr int kBarriers = 4 * kStages + 2 * kGroups + 1;
+  static constexpr size_t kSmemBytes = kGroups * kQueryBytes + 2 * kStages * kTileBytes + kBarriers * 8;
+  static_assert(kSmemBytes <= kMaxSmemBytesSm90);
+};
+
+struct Params {
+  CUtensorMap q;
+  CUtensorMap k;
+  CUtensorMap v;
+  AttentionParams attention;
+  int num_tiles;        // of queries, of the longest sequence
+  unsigned num_items;   // tiles x heads x sequences
+  unsigned num_rounds;  // in which every block does an item
+  int box_rows;         // keys that one copy brings
+  int page_shift;       // log2 of the page size
+  float scale_log2;
+  float slack;  // maximum_slack
+};
+
+// Addresses in shared memory.
+template <int kHeadDim>
+struct Smem {
+  using S = Shape<kHeadDim>;
+  uint32_t q;  // [kGroups]: a box of 64 queries for each 64 dims
+  uint32_t k;  // [kStages]: a box of kBlockN keys for each 64 dims
+  uint32_t v;
+  uint32_t barriers;
+
+  // Barriers of stages: the tile has arrived, nobody reads it any more. Of warpgroups: their queries.
+  DEV uint32_t k_full(int stage) const { return barriers + 8 * stage; }
+  DEV uint32_t k_empty(int stage) const { return barriers + 8 * (kStages + stage); }
+  DEV uint32_t v_full(int stage) const { return barriers + 8 * (2 * kStages + stage); }
+  DEV uint32_t v_empty(int stage) const { return barriers + 8 * (3 * kStages + stage); }
+  DEV uint32_t q_full(int group) const { return barriers + 8 * (4 * kStages + group); }
+  DEV uint32_t q_empty(int group) const { return barriers + 8 * (4 * kStages + S::kGroups + group); }
+  DEV uint32_t v_end() const { return barriers + 8 * (4 * kStages + 2 * S::kGroups); }
+  DEV uint32_t q_tile(int group) const { return q + group * S::kQueryBytes; }
+  DEV uint32_t k_tile(int stage) const { return k + stage * S::kTileBytes; }
+  DEV uint32_t v_tile(int stage) const { return v + stage * S::kTileBytes; }
+
+  DEV void init_barriers() const {
+    for (int stage = 0; stage < kStages; ++stage) {
+      ptx::mbarrier_init(k_full(stage), 1);
+      ptx::mbarrier_init(v_full(stage), 1);
+      ptx::mbarrier_init(k_empty(stage), S::kGroups * kGroupWarps);
+      ptx::mbarrier_init(v_empty(stage), S::kGroups * kGroupWarps);
+    }
+    for (int group = 0; group < S::kGroups; ++group) {
+      ptx::mbarrier_init(q_full(group), 1);
+      ptx::mbarrier_init(q_empty(group), kGroupWarps);
+    }
+    ptx::mbarrier_init(v_end(), 1);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+// Where one side of a ring stands, from item to item.
+struct RingPosition {
+  int stage = 0;
+  int parity = 0;  // of the lap
+
+  DEV void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The item of this block in a round. Heaviest first: with a causal mask the last tile of every head and sequence has
+// the most keys. Every other round goes backwards, so that no block always gets the heavier ones.
+DEV unsigned item_of_round(unsigned round) {
+  return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+// A tile of queries of one head and sequence.
+template <int kHeadDim>
+struct Item {
+  using S = Shape<kHeadDim>;
+  int head_idx;
+  int sequence_idx;
+  int q_begin;
+  Sequence s;
+
+  DEV Item(const Params& params, unsigned round) {
+    const unsigned item_idx = item_of_round(round);
+    const AttentionParams& p = params.attention;
+    const unsigned num_pairs = static_cast<unsigned>(p.num_heads) * static_cast<unsigned>(p.batch_size);
+    const unsigned pair_idx = item_idx % num_pairs;
+    head_idx = static_cast<int>(pair_idx % p.num_heads);
+    sequence_idx = static_cast<int>(pair_idx / p.num_heads);
+    q_begin = (params.num_tiles - 1 - static_cast<int>(item_idx / num_pairs)) * S::kBlockM;
+    s = load_sequence(p, sequence_idx);
+  }
+  DEV int num_queries() const { return s.num_queries - q_begin; }  // of the tile; maybe more than it holds, or none
+  // Tiles of keys that the queries of a warpgroup see, those of the later ones being more.
+  DEV int num_key_tiles(const AttentionParams& p, int group) const {
+    const int first = q_begin + group * kGroupRows;
+    if (first >= s.num_queries) return 0;
+    const int keys = num_visible_keys(p, s, min(first + kGroupRows, s.num_queries) - 1);
+    return keys > 0 ? ceil_div(keys, kBlockN) : 0;
+  }
+  // Warpgroups with queries.
+  DEV int num_groups() const { return max(0, min(S::kGroups, ceil_div(num_queries(), kGroupRows))); }
+  DEV int num_key_tiles(const AttentionParams& p) const {
+    return num_queries() > 0 ? num_key_tiles(p, num_groups() - 1) : 0;
+  }
+};
+
+// body(round) for every round in which this block has an item.
+template <typename Body>
+DEV void for_rounds(const Params& params, Body body) {
+#pragma unroll 1
+  for (unsigned round = 0; round < params.num_rounds; ++round) {
+    if (item_of_round(round) < params.num_items) body(round);
+  }
+}
+
+}  // namespace persimmon_fast::cuda::flash_sm90
