@@ -31,27 +31,27 @@ constexpr int kSlabCols = 64;
 constexpr int kSlabRows = 16;
 constexpr int kWarpSlabBytes = kSlabRows * kSlabCols * 2;
 
-// 16 rows x 64 columns of 16 bits in shared memory; 16-byte piece p of row r lies at p ^ (r % 8).
+// 16 rows x 64 columns of 16 bits in shared memory; 16-byte piece p of row r lies at p ^ (r % 8). s_bytes: a multiple
+// of 128. Addresses are written so that what changes from one to the next is a constant.
 struct WarpSlab {
   unsigned char* s_bytes;
   int lane;
 
-  DEV uint4& piece(int row, int piece) const {
-    return *reinterpret_cast<uint4*>(s_bytes + row * 128 + (piece ^ row % 8) * 16);
-  }
   // Of 16 columns from 16 * block on: where this lane's row of an ldmatrix or stmatrix lies. Registers 0, 1: rows 0 ..
   // 7 and 8 .. 15 of the first 8 columns; 2, 3: of the others: the order of an accumulator.
-  DEV uint32_t matrix_row(int block) const { return ptx::smem_u32(&piece(lane % 16, block * 2 + lane / 16)); }
-
-  // The pieces of this lane: body(row, column, piece).
-  template <typename Body>
-  DEV void for_pieces(Body body) const {
-#pragma unroll
-    for (int pass = 0; pass < kSlabRows / 4; ++pass) {
-      const int row = pass * 4 + lane / 8;
-      body(row, lane % 8 * kPiece, piece(row, lane % 8));
-    }
+  DEV uint32_t matrix_row(int block) const {
+    const int first = lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
+    return (ptx::smem_u32(s_bytes) + first) ^ block * 32;
   }
+
+  // The pieces of this lane, one in each pass: piece lane % 8 of row 4 * pass + lane / 8.
+  static constexpr int kPasses = kSlabRows / 4;
+  DEV uint4& piece(int pass) const {
+    const int first = lane / 8 * 128 + (lane % 8 ^ lane / 8) * 16;
+    return *reinterpret_cast<uint4*>(s_bytes + ((first ^ pass % 2 * 64) + pass * 512));
+  }
+  DEV int row(int pass) const { return pass * 4 + lane / 8; }
+  DEV int column() const { return lane % 8 * kPiece; }
 };
 
 // Two slabs in turn: while the rows of one go out, the next is written, and one __syncwarp() per slab is enough.
@@ -83,11 +83,11 @@ struct WarpTile {
   int rows;  // that lie inside it: 1 .. 16
   int cols;  // that lie inside it, a multiple of 8; maybe more than kCols
 
-  // Where this lane's two columns of block j begin.
-  DEV int column(int j) const { return j * 8 + lane % 4 * 2; }
+  // Where this lane's two columns of block 0 begin; those of block j lie 8 j further.
+  DEV int first_column() const { return lane % 4 * 2; }
 
-  // Rounds the columns of slab `index` and writes them out: row(r) is where column 0 of the slab goes in row r, null:
-  // nowhere. Only what lies inside the product is written.
+  // Rounds the columns of slab `index` and writes them out: row(pass) is where column 0 of the slab goes in the row
+  // that this lane writes in that pass, null: nowhere. Only what lies inside the product is written.
   template <typename scalar_t, typename Row>
   DEV void store_slab(int index, Row row) const {
     const WarpSlab slab = slabs[index];
@@ -102,12 +102,21 @@ struct WarpTile {
       ptx::stmatrix(slab.matrix_row(block), r_pairs);
     }
     __syncwarp();
-    slab.for_pieces([&](int r, int col, const uint4& piece) {
-      scalar_t* g_row = row(r);
-      if (g_row != nullptr && r < rows && index * kSlabCols + col < cols) {
-        *reinterpret_cast<uint4*>(g_row + col) = piece;
+    const bool column_exists = index * kSlabCols + slab.column() < cols;
+#pragma unroll
+    for (int pass = 0; pass < WarpSlab::kPasses; ++pass) {
+      scalar_t* g_row = row(pass);
+      if (g_row != nullptr && slab.row(pass) < rows && column_exists) {
+        *reinterpret_cast<uint4*>(g_row + slab.column()) = slab.piece(pass);
       }
-    });
+    }
+  }
+
+  // The same into rows of a matrix, `stride` elements apart.
+  template <typename scalar_t>
+  DEV void store_slab(int index, scalar_t* matrix, int64_t stride) const {
+    scalar_t* g_first = matrix + (row0 + lane / 8) * stride + col0;
+    store_slab<scalar_t>(index, [&](int pass) { return g_first + pass * 4 * stride + index * kSlabCols; });
   }
 };
 
@@ -118,12 +127,16 @@ DEV void begin(const Epilogue&, const WarpTile<kCols>&) {}
 template <typename scalar_t, typename RowScale, int kCols>
 DEV void fetch_residual(const BiasResidual<scalar_t, RowScale>& epilogue, const WarpTile<kCols>& tile, int index) {
   if (index < WarpTile<kCols>::kSlabs && epilogue.residual != nullptr) {
-    tile.slabs[index].for_pieces([&](int r, int col, uint4& piece) {
-      col += index * kSlabCols;
-      const bool exists = r < tile.rows && col < tile.cols;
-      const scalar_t* g_row = epilogue.residual + (tile.row0 + (exists ? r : 0)) * epilogue.residual_row_stride;
-      ptx::cp_async16(ptx::smem_u32(&piece), g_row + tile.col0 + (exists ? col : 0), exists ? 16 : 0);
-    });
+    const WarpSlab slab = tile.slabs[index];
+    const int64_t stride = epilogue.residual_row_stride;
+    const scalar_t* g_piece =
+        epilogue.residual + (tile.row0 + slab.row(0)) * stride + tile.col0 + index * kSlabCols + slab.column();
+    const bool column_exists = index * kSlabCols + slab.column() < tile.cols;
+#pragma unroll
+    for (int pass = 0; pass < WarpSlab::kPasses; ++pass) {
+      const bool exists = column_exists && slab.row(pass) < tile.rows;
+      ptx::cp_async16(ptx::smem_u32(&slab.piece(pass)), g_piece + pass * 4 * stride, exists ? 16 : 0);
+    }
   }
   ptx::cp_async_commit();  // empty groups keep the count
 }
@@ -141,6 +154,7 @@ DEV void finish(const BiasResidual<scalar_t, RowScale>& epilogue, const WarpTile
   using Tile = WarpTile<kCols>;
   const bool has_bias = epilogue.bias != nullptr;
   const bool has_residual = epilogue.residual != nullptr;
+  const scalar_t* g_bias = has_bias ? epilogue.bias + tile.col0 + tile.first_column() : nullptr;
   float row_scale[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) row_scale[h] = epilogue.scale(tile.row0 + min(h * 8 + tile.lane / 4, tile.rows - 1));
@@ -157,8 +171,7 @@ DEV void finish(const BiasResidual<scalar_t, RowScale>& epilogue, const WarpTile
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int j = index * Tile::kSlabBlocks + block * 2 + i;
-        const int column = tile.column(j);
-        const float2 bias = load_pair(epilogue.bias + tile.col0 + column, has_bias && column < tile.cols);
+        const float2 bias = load_pair(g_bias + j * 8, has_bias && j * 8 < tile.cols);
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const float2 residual = unpack2(r_residual[2 * i + h], scalar_t{});
@@ -168,9 +181,7 @@ DEV void finish(const BiasResidual<scalar_t, RowScale>& epilogue, const WarpTile
         }
       }
     }
-    tile.template store_slab<scalar_t>(index, [&](int r) {
-      return epilogue.out + (tile.row0 + r) * epilogue.out_row_stride + tile.col0 + index * kSlabCols;
-    });
+    tile.template store_slab<scalar_t>(index, epilogue.out, epilogue.out_row_stride);
     fetch_residual(epilogue, tile, index + 2);  // this lane has read what it overwrites
   }
   ptx::cp_async_wait<0>();

@@ -91,11 +91,12 @@ DEV void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.clust
 DEV void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// On the barrier at the same address in block `rank` of the cluster.
+// On the barrier at the same address in block `rank` of the cluster. It orders this block's accesses alone: what it
+// tells the other block is that shared memory has been read, not what stands in it (.release.cluster costs a fence).
 DEV void mbarrier_arrive_cluster(uint32_t barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }

@@ -44,7 +44,7 @@ struct QkvEpilogue {
 
   DEV const HeadNorm& norm(const Part& part) const { return part.kind == 0 ? head.q_norm : head.k_norm; }
 
-  // The row of a token's first head in the cache; negative: the token is not kept.
+  // Row of a token's first head in the cache; negative: the token is not kept.
   DEV int64_t cache_row(int64_t token) const {
     const int64_t slot = out.slot_mapping != nullptr ? out.slot_mapping[token] : token;
     if (slot < 0) return -1;
@@ -54,12 +54,11 @@ struct QkvEpilogue {
     return page * head.num_heads * out.page_size + in_page;
   }
 
-  // Where a part of a token goes; null: nowhere. cache_row: of the token; of q it is not looked at.
-  DEV scalar_t* target(const Part& part, int64_t token, int64_t cache_row) const {
-    if (part.kind == 0) return static_cast<scalar_t*>(out.q) + (token * head.num_heads + part.head_idx) * kHeadDim;
-    if (cache_row < 0) return nullptr;
-    return static_cast<scalar_t*>(part.kind == 1 ? out.k : out.v) +
-           (cache_row + part.head_idx * out.page_size) * kHeadDim;
+  // Where a part goes; null: nowhere. row: of the token's first head, in q token * num_heads, else cache_row().
+  DEV scalar_t* target(const Part& part, int64_t row) const {
+    void* rows = part.kind == 0 ? out.q : part.kind == 1 ? out.k : out.v;
+    const int64_t head_stride = part.kind == 0 ? 1 : out.page_size;
+    return row < 0 ? nullptr : static_cast<scalar_t*>(rows) + (row + part.head_idx * head_stride) * kHeadDim;
   }
 
   // In the accumulators of wgmma, columns that rotate with each other lie in one thread if blocks of 8 do.
@@ -97,7 +96,8 @@ struct QkvEpilogue {
         add(values, r_bias);
       }
       if (part.kind < 2) norm_rope_head<scalar_t, kAligned>(values, head, norm(part), part.head_idx, cos_sin);
-      scalar_t* g_out = is_active ? target(part, token, part.kind > 0 ? cache_row(token) : 0) : nullptr;
+      const int64_t out_row = part.kind == 0 ? token * head.num_heads : cache_row(token);
+      scalar_t* g_out = is_active ? target(part, out_row) : nullptr;
       if (g_out != nullptr) store_head<kAligned>(g_out, half_rotary_dim, values);
     }
   }
@@ -128,28 +128,45 @@ using PartValues = float[2][kHeadDim / 4];
 template <typename scalar_t, int kHeadDim>
 DEV void norm_part(PartValues<kHeadDim>& values, const scalar_t* weight, const scalar_t* bias, float eps, int lane) {
   constexpr int kValues = kHeadDim / 4;
+  // Four sums side by side, of both rows and of even and odd columns: an addition takes four clocks.
+  float total[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) total[h][i % 2] += values[h][i];
+  }
+  float rough_mean[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) rough_mean[h] = sum_lanes<4>(total[h][0] + total[h][1]) / kHeadDim;
+  float deviation[2][2] = {};
+  float square[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float& value = values[h][i];
+      value -= rough_mean[h];
+      deviation[h][i % 2] += value;
+      square[h][i % 2] = fmaf(value, value, square[h][i % 2]);
+    }
+  }
+  Normalisation n[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    float (&row)[kValues] = values[h];
-    float total = 0.0f;
+    n[h] = normalisation<kHeadDim>(sum_lanes<4>(deviation[h][0] + deviation[h][1]),
+                                   sum_lanes<4>(square[h][0] + square[h][1]), eps);
+  }
+  const scalar_t* g_weight = weight + lane % 4 * 2;
+  const scalar_t* g_bias = bias + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) total += row[i];
-    const float rough_mean = sum_lanes<4>(total) / kHeadDim;
-    float deviation = 0.0f;
-    float square = 0.0f;
+  for (int j = 0; j < kHeadDim / 8; ++j) {
+    const float2 w = load_pair(g_weight + j * 8);
+    const float2 b = load_pair(g_bias + j * 8);
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) {
-      row[i] -= rough_mean;
-      deviation += row[i];
-      square = fmaf(row[i], row[i], square);
-    }
-    const Normalisation n = normalisation<kHeadDim>(sum_lanes<4>(deviation), sum_lanes<4>(square), eps);
-#pragma unroll
-    for (int j = 0; j < kHeadDim / 8; ++j) {
-      const float2 w = load_pair(weight + j * 8 + lane % 4 * 2);
-      const float2 b = load_pair(bias + j * 8 + lane % 4 * 2);
-      row[2 * j] = fmaf(fmaf(row[2 * j], n.rstd, n.shift), w.x, b.x);
-      row[2 * j + 1] = fmaf(fmaf(row[2 * j + 1], n.rstd, n.shift), w.y, b.y);
+    for (int h = 0; h < 2; ++h) {
+      float* pair = &values[h][2 * j];
+      pair[0] = fmaf(fmaf(pair[0], n[h].rstd, n[h].shift), w.x, b.x);
+      pair[1] = fmaf(fmaf(pair[1], n[h].rstd, n[h].shift), w.y, b.y);
     }
   }
 }
@@ -162,9 +179,9 @@ DEV void rope_part(PartValues<kHeadDim>& values, const float* const (&cos_sin)[2
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
     for (int j = 0; j < kHalf / 8; ++j) {
-      const int column = j * 8 + lane % 4 * 2;
-      const float2 cos = *reinterpret_cast<const float2*>(cos_sin[h] + column);
-      const float2 sin = *reinterpret_cast<const float2*>(cos_sin[h] + kHalf + column);
+      const float* g_cos = cos_sin[h] + lane % 4 * 2 + j * 8;
+      const float2 cos = *reinterpret_cast<const float2*>(g_cos);
+      const float2 sin = *reinterpret_cast<const float2*>(g_cos + kHalf);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& first = values[h][2 * j + e];
@@ -187,15 +204,20 @@ DEV void finish(const QkvEpilogue<scalar_t, kHeadDim>& epilogue, const WarpTile<
     const int row = min(h * 8 + lane / 4, tile.rows - 1);  // rows outside take part in the shuffles
     cos_sin[h] = cos_sin_row(epilogue.head, tile.row0 + row);
   }
-  const int64_t lane_cache_row = epilogue.cache_row(tile.row0 + min(lane % kSlabRows, tile.rows - 1));
+  // Of row lane % 16: where its first head goes.
+  const int64_t token = tile.row0 + min(lane % kSlabRows, tile.rows - 1);
+  const int64_t q_row = token * epilogue.head.num_heads;
+  const int64_t cache_row = epilogue.cache_row(token);
 #pragma unroll
   for (int first = 0; first < kCols; first += kHeadDim) {
     if (first >= tile.cols) break;
     const Part part(tile.col0 + first);
     PartValues<kHeadDim> values;
+    const scalar_t* g_bias =
+        epilogue.bias != nullptr ? epilogue.bias + part.index * kHeadDim + tile.first_column() : nullptr;
 #pragma unroll
     for (int j = 0; j < kPartBlocks; ++j) {
-      const float2 bias = load_pair(epilogue.bias + part.index * kHeadDim + tile.column(j), epilogue.bias != nullptr);
+      const float2 bias = load_pair(g_bias + j * 8, g_bias != nullptr);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         values[i / 2][2 * j + i % 2] = tile.acc[(first / 8 + j) * 4 + i] + (i % 2 == 0 ? bias.x : bias.y);
@@ -215,12 +237,16 @@ DEV void finish(const QkvEpilogue<scalar_t, kHeadDim>& epilogue, const WarpTile<
 #pragma unroll
       for (int i = 0; i < 4; ++i) tile.acc[(first / 8 + j) * 4 + i] = values[i / 2][2 * j + i % 2];
     }
+    scalar_t* g_rows[WarpSlab::kPasses];
+#pragma unroll
+    for (int pass = 0; pass < WarpSlab::kPasses; ++pass) {
+      const int64_t row = __shfl_sync(kFullMask, part.kind == 0 ? q_row : cache_row, pass * 4 + lane / 8);
+      g_rows[pass] = epilogue.target(part, row);
+    }
 #pragma unroll
     for (int slab = 0; slab < kHeadDim / kSlabCols; ++slab) {
-      tile.template store_slab<scalar_t>(first / kSlabCols + slab, [&](int r) -> scalar_t* {
-        const int64_t cache_row = __shfl_sync(kFullMask, lane_cache_row, r);
-        scalar_t* g_part = epilogue.target(part, tile.row0 + r, cache_row);
-        return g_part == nullptr ? nullptr : g_part + slab * kSlabCols;
+      tile.template store_slab<scalar_t>(first / kSlabCols + slab, [&](int pass) {
+        return g_rows[pass] == nullptr ? nullptr : g_rows[pass] + slab * kSlabCols;
       });
     }
   }

@@ -78,15 +78,15 @@ struct ReluEpilogue {
 template <typename scalar_t, int kCols>
 DEV void finish(const ReluEpilogue<scalar_t>& epilogue, const WarpTile<kCols>& tile) {
   using Tile = WarpTile<kCols>;
+  const scalar_t* g_bias = epilogue.bias != nullptr ? epilogue.bias + tile.col0 + tile.first_column() : nullptr;
   uint32_t largest[2] = {};  // of this lane's columns, per row
 #pragma unroll
   for (int index = 0; index < Tile::kSlabs; ++index) {
     if (index * kSlabCols >= tile.cols) break;
 #pragma unroll
     for (int j = index * Tile::kSlabBlocks; j < (index + 1) * Tile::kSlabBlocks; ++j) {
-      const int column = tile.column(j);
-      const bool exists = column < tile.cols;
-      const float2 bias = load_pair(epilogue.bias + tile.col0 + column, exists && epilogue.bias != nullptr);
+      const bool exists = j * 8 < tile.cols;
+      const float2 bias = load_pair(g_bias + j * 8, exists && g_bias != nullptr);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& value = tile.acc[4 * j + i];
@@ -96,9 +96,7 @@ DEV void finish(const ReluEpilogue<scalar_t>& epilogue, const WarpTile<kCols>& t
         }
       }
     }
-    tile.template store_slab<scalar_t>(index, [&](int r) {
-      return epilogue.out + (tile.row0 + r) * epilogue.out_row_stride + tile.col0 + index * kSlabCols;
-    });
+    tile.template store_slab<scalar_t>(index, epilogue.out, epilogue.out_row_stride);
   }
   if constexpr (std::is_same_v<scalar_t, __half>) {
 #pragma unroll

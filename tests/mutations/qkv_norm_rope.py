@@ -7,7 +7,7 @@ MUTANTS = [
     Mutant("v is normalised too", "if (part.kind < 2) norm", "if (part.kind < 3) norm", EPILOGUE),
     Mutant("k and v are swapped", "part.kind == 1 ? out.k : out.v", "part.kind == 1 ? out.v : out.k", EPILOGUE),
     Mutant("slot -1 is kept", "slot < 0", "slot < -1", EPILOGUE),
-    Mutant("pages are as long as there are heads", "head_idx * out.page_size", "head_idx * head.num_heads", EPILOGUE),
+    Mutant("pages are as long as there are heads", "? 1 : out.page_size", "? 1 : head.num_heads", EPILOGUE),
     Mutant("the bias is dropped", "add(values, r_bias);", "", EPILOGUE),
     Mutant(
         "the bias is that of another part",
