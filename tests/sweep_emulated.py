@@ -32,6 +32,7 @@ SHARES = {"plain": 0.6, "asan": 0.2, "tsan": 0.2}  # of the runs; the sanitizers
 SCHEDULES = ["fifo", "reverse", "random", "warp", "pct"]
 ASYNC = ["late", "early", "random"]
 EDGES = [1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 72, 127, 128, 129]
+LARGE = [*EDGES, 257, 600]  # of products: more than one tile of 128 x 256
 
 
 class Draw:
@@ -94,8 +95,8 @@ def qk_norm_rope(draw: Draw) -> str:
 
 
 def qkv_norm_rope(draw: Draw) -> str:
-    tokens, hidden = draw.size(129), draw.rng.choice([8, 24, 64, 72, 200, 296])
-    heads, head_dim = draw.rng.randint(1, 2), draw.rng.choice(ops.CUDA_HEAD_DIMS)
+    tokens, hidden = draw.rng.choice(LARGE), draw.rng.choice([8, 24, 64, 72, 200, 296])
+    heads, head_dim = draw.rng.randint(1, 3), draw.rng.choice(ops.CUDA_HEAD_DIMS)
     x, weight = draw.tensor(tokens, hidden), draw.tensor(3 * heads * head_dim, hidden, scale=0.1)
     norms, cos_sin, positions = rope_inputs(draw, tokens, heads, head_dim)
     arguments = (x, weight, draw.maybe(3 * heads * head_dim), *norms, cos_sin, positions, 1e-5, heads)
@@ -104,14 +105,14 @@ def qkv_norm_rope(draw: Draw) -> str:
 
 
 def linear_residual(draw: Draw) -> str:
-    rows, n, k = draw.size(129), draw.size(129), draw.rng.choice([*EDGES, 200, 296])
+    rows, n, k = draw.rng.choice(LARGE), draw.rng.choice(LARGE), draw.rng.choice([*EDGES, 200, 296])
     arguments = (draw.tensor(rows, k), draw.tensor(n, k, scale=0.1), draw.maybe(n), draw.tensor(rows, n))
     check(ops.linear_residual(*arguments), reference.linear_residual, "linear_residual", *arguments)
     return f"{rows}x{n}x{k}"
 
 
 def squared_relu_mlp(draw: Draw) -> str:
-    rows, hidden, neurons = draw.size(65), draw.size(129), draw.rng.choice([*EDGES, 200])
+    rows, hidden, neurons = draw.rng.choice(LARGE), draw.size(129), draw.rng.choice([*EDGES, 200, 520])
     down = draw.tensor(hidden, neurons, scale=0.1)
     arguments = (
         draw.tensor(rows, hidden), draw.tensor(neurons, hidden, scale=0.2), draw.maybe(neurons),
@@ -207,15 +208,17 @@ def sweep(variant: str, runs: int, seed: int) -> int:
     for number in range(runs):
         rng = random.Random(f"{seed}/{variant}/{number}")
         case, draw = rng.choice(CASES), Draw(rng)
+        architecture = rng.choice([80, 90])
         settings = (rng.choice(SCHEDULES), rng.choice(ASYNC), rng.randrange(10**6), rng.choice([0, 1, 2, 4]))
         torch.ops.persimmon_fast_emu.configure(*settings)
         what = ""
         try:
-            with emulated():
+            with emulated(architecture):
                 what = case(draw)
         except Exception as error:
             alarms += 1
-            print(f"ALARM {variant} run {number}: {case.__name__} {what} {draw.dtype} {settings}: {error}", flush=True)
+            run = f"{variant} run {number}: sm_{architecture} {case.__name__} {what} {draw.dtype} {settings}"
+            print(f"ALARM {run}: {error}", flush=True)
     print(f"{variant}: {runs} runs, {alarms} alarms, {time.monotonic() - begin:.0f} s", flush=True)
     return alarms
 

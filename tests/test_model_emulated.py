@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import CUDA, DTYPES, EMU, backend, tiny_config
+from helpers import CUDA, DTYPES, EMU, EMU_SM90, backend, tiny_config
 
 from persimmon_fast import PersimmonForCausalLM, ops
 
@@ -27,7 +27,7 @@ def model(shape: dict[str, int], dtype: torch.dtype) -> PersimmonForCausalLM:
     return made.to(dtype)
 
 
-@pytest.mark.parametrize("name", [EMU, CUDA])
+@pytest.mark.parametrize("name", [EMU, EMU_SM90, CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [HEAD_DIM_64, HEAD_DIM_128], ids=["head_dim 64", "head_dim 128"])
 def test_greedy_tokens_are_those_of_the_reference(name, dtype, shape, monkeypatch):
