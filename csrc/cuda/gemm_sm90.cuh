@@ -196,7 +196,8 @@ struct WarpgroupProduct {
 
   // acc = the product of 64 rows; factor: of the two rows of this thread.
   DEV void run(int k_tiles, const uint32_t (&factor)[2]) {
-    uint32_t r_a[kAInRegisters ? 2 : 1][kSteps][4];  // the products of one stage run while the next is prepared
+    constexpr int kSets = kAInRegisters ? 2 : 1;  // the products of one stage run while the next is prepared
+    uint32_t r_a[kSets][kSteps][4];
     const auto step = [&](int k_tile, int set) {
       multiply(k_tile > 0, r_a[set], factor);
       if (k_tile > 0) {
@@ -208,9 +209,10 @@ struct WarpgroupProduct {
 #pragma unroll 1
     for (int k_tile = 0; k_tile < k_tiles; k_tile += 2) {
       step(k_tile, 0);
-      if (k_tile + 1 < k_tiles) step(k_tile + 1, kAInRegisters ? 1 : 0);
+      if (k_tile + 1 < k_tiles) step(k_tile + 1, kSets - 1);
     }
     ptx::wgmma_wait<0>();
+    ptx::wgmma_registers(acc);
     release(position.previous());
   }
 };

@@ -58,8 +58,8 @@ MUTANTS = [
     linear("the last products are not waited for", "    ptx::wgmma_wait<0>();\n", ""),
     linear(
         "the last stage of a tile is not released",
-        "    ptx::wgmma_wait<0>();\n    release(position.previous());",
-        "    ptx::wgmma_wait<0>();",
+        "    ptx::wgmma_registers(acc);\n    release(position.previous());",
+        "    ptx::wgmma_registers(acc);",
     ),
     linear(
         "a stage is released to the own block alone",
@@ -136,7 +136,7 @@ MUTANTS = [
     linear("bias behind the last column is read", "has_bias && j * 8 < tile.cols", "has_bias", EPILOGUE),
     mlp(
         "the fragments of one stage replace those in flight",
-        "kAInRegisters ? 1 : 0);\n    }\n    ptx::wgmma_wait<0>",
+        "kSets - 1);\n    }\n    ptx::wgmma_wait<0>",
         "0);\n    }\n    ptx::wgmma_wait<0>",
     ),
     mlp(
