@@ -49,7 +49,7 @@ def test_laps_of_the_rings(name, head_dim, num_tiles):
 def test_every_warpgroup_has_tiles_of_its_own(name, head_dim):
     rows = BLOCK_ROWS[head_dim]
     with backend(name) as device:
-        # The first warpgroups see no keys, one tile, two tiles; the last block has one row
+        # Warpgroups that see no keys, one tile, two; tiles of queries are cut from the end, one has a single row
         for num_queries, num_keys in [(rows + 1, rows - 60), (rows, rows + 70), (rows, 100)]:
             tensors = inputs(num_queries, num_keys, torch.float16, num_heads=1, head_dim=head_dim, device=device)
             counted_check(name, *tensors, True)

@@ -14,8 +14,9 @@
 //             tensor cores   q k(j+1)^T   w(j) v(j)   ..........   q k(j+2)^T   w(j+1) v(j+1)
 //             the others     ..........   softmax(j+1) ........   ..........   softmax(j+2) ...
 //
-//           The warpgroups take turns to issue (Turn): in the gaps of one run the products of the others. Items: the
-//           heaviest first, every other round backwards. Masked are tiles that cross the diagonal or the end
+//           The warpgroups take turns to issue (Turn): in the gaps of one run the products of the others. Items: tiles
+//           of queries from every sequence's end on, heaviest first, every other round backwards. Masked are tiles of
+//           keys that cross the diagonal or the end
 // Barriers  k_full, v_full[stage]     the tile's bytes have arrived (1 arrival and the bytes)
 //           k_empty, v_empty[stage]   every warp that multiplies has done so (4 arrivals per warpgroup)
 //           q_full, q_empty[group]    the same for a warpgroup's queries

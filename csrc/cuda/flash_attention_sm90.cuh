@@ -93,19 +93,20 @@ struct RingPosition {
   }
 };
 
-// The item of this block in a round. Heaviest first: with a causal mask the last tile of every head and sequence has
+// The item of this block in a round. Heaviest first: with a causal mask the last tiles of every head and sequence have
 // the most keys. Every other round goes backwards, so that no block always gets the heavier ones.
 DEV unsigned item_of_round(unsigned round) {
   return round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
 }
 
-// A tile of queries of one head and sequence.
+// A tile of queries of one head and sequence. Tiles are cut from a sequence's end, so that the heaviest are whole;
+// warpgroup 0 has the last queries of a tile, which see the most keys.
 template <int kHeadDim>
 struct Item {
   using S = Shape<kHeadDim>;
   int head_idx;
   int sequence_idx;
-  int q_begin;
+  int q_end;  // of the sequence's queries; not positive: there is no such tile
   Sequence s;
 
   DEV Item(const Params& params, unsigned round) {
@@ -115,21 +116,17 @@ struct Item {
     const unsigned pair_idx = item_idx % num_pairs;
     head_idx = static_cast<int>(pair_idx % p.num_heads);
     sequence_idx = static_cast<int>(pair_idx / p.num_heads);
-    q_begin = (params.num_tiles - 1 - static_cast<int>(item_idx / num_pairs)) * S::kBlockM;
     s = load_sequence(p, sequence_idx);
+    q_end = s.num_queries - static_cast<int>(item_idx / num_pairs) * S::kBlockM;
   }
-  DEV int num_queries() const { return s.num_queries - q_begin; }  // of the tile; maybe more than it holds, or none
-  // Tiles of keys that the queries of a warpgroup see, those of the later ones being more.
+  DEV int num_groups() const { return max(0, min(S::kGroups, ceil_div(q_end, kGroupRows))); }  // with queries
+  // Of a warpgroup; negative numbers are no queries.
+  DEV int first_query(int group) const { return q_end - (group + 1) * kGroupRows; }
+  // Tiles of keys that some query of a warpgroup sees.
   DEV int num_key_tiles(const AttentionParams& p, int group) const {
-    const int first = q_begin + group * kGroupRows;
-    if (first >= s.num_queries) return 0;
-    const int keys = num_visible_keys(p, s, min(first + kGroupRows, s.num_queries) - 1);
+    const int group_end = q_end - group * kGroupRows;
+    const int keys = group_end > 0 ? num_visible_keys(p, s, group_end - 1) : 0;
     return keys > 0 ? ceil_div(keys, kBlockN) : 0;
-  }
-  // Warpgroups with queries.
-  DEV int num_groups() const { return max(0, min(S::kGroups, ceil_div(num_queries(), kGroupRows))); }
-  DEV int num_key_tiles(const AttentionParams& p) const {
-    return num_queries() > 0 ? num_key_tiles(p, num_groups() - 1) : 0;
   }
 };
 

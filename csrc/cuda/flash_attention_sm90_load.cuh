@@ -24,7 +24,7 @@ struct Loader {
         ptx::mbarrier_wait(smem.q_empty(group), (parities >> group & 1u) ^ 1u);
         parities ^= 1u << group;
         ptx::mbarrier_arrive_expect_tx(smem.q_full(group), S::kQueryBytes);
-        const int row = static_cast<int>(item.s.q_begin) + item.q_begin + group * kGroupRows;
+        const int row = static_cast<int>(item.s.q_begin) + item.first_query(group);
 #pragma unroll
         for (int box = 0; box < S::kBoxes; ++box) {
           ptx::tma_load(smem.q_tile(group) + box * kGroupRows * kRowBytes, &params.q, smem.q_full(group),
@@ -72,7 +72,7 @@ struct Loader {
     RingPosition at;
     for_rounds(params, [&](unsigned round) {
       const Item<kHeadDim> item(params, round);
-      const int num_tiles = item.num_key_tiles(params.attention);
+      const int num_tiles = item.num_key_tiles(params.attention, 0);
 #pragma unroll 1
       for (int tile = 0; tile < num_tiles; ++tile, at.advance()) body(item, tile * kBlockN, at);
     });

@@ -129,7 +129,10 @@ struct Multiplier {
     for (int i = 0; i < kHeadDim / 2; ++i) acc[i] *= correction[i / 2 % 2];
   }
 
-  DEV int warp_row() const { return group * kGroupRows + threadIdx.x / kWarpSize % kGroupWarps * 16; }
+  // The first query of the warp.
+  DEV int warp_row(const Item<kHeadDim>& item) const {
+    return item.first_query(group) + static_cast<int>(threadIdx.x) / kWarpSize % kGroupWarps * 16;
+  }
 
   // The tiles of keys that the warpgroup sees: scores of one tile and sums of the one before are in flight together,
   // and the sums still run while those scores become weights.
@@ -141,8 +144,8 @@ struct Multiplier {
       const AttentionParams& p = params.attention;
       num_groups = item.num_groups();
       num_tiles = item.num_key_tiles(p, group);
-      ordered_tiles = num_groups > 1 ? item.num_key_tiles(p, 0) : 0;
-      const int row = item.q_begin + warp_row();
+      ordered_tiles = num_groups > 1 ? item.num_key_tiles(p, num_groups - 1) : 0;
+      const int row = warp_row(item);
 #pragma unroll
       for (int slot = 0; slot < 2; ++slot) {
         num_visible[slot] = num_visible_keys(p, item.s, row + slot * 8 + lane / 4) - lane % 4 * 2;
@@ -199,7 +202,7 @@ struct Multiplier {
     values_are_used(v_stage);
   }
 
-  // Tiles that only later warpgroups see.
+  // Tiles that only warpgroups with later queries see.
   DEV void skip_tiles(int count) {
 #pragma unroll 1
     for (int tile = 0; tile < count; ++tile) {
@@ -218,14 +221,14 @@ struct Multiplier {
     attend(round, num_tiles);
     const Item<kHeadDim> item(params, round);  // again: nothing of it takes registers above
     store(item);
-    skip_tiles(item.num_key_tiles(params.attention) - num_tiles);
+    skip_tiles(item.num_key_tiles(params.attention, 0) - num_tiles);
   }
 };
 
 template <typename scalar_t, int kHeadDim>
 DEV void Multiplier<scalar_t, kHeadDim>::store(const Item<kHeadDim>& item) {
   const AttentionParams& p = params.attention;
-  const int warp_row = item.q_begin + this->warp_row();
+  const int warp_row = this->warp_row(item);
   unsigned again[2];  // a bit for each lane
 #pragma unroll
   for (int slot = 0; slot < 2; ++slot) {
@@ -237,7 +240,7 @@ DEV void Multiplier<scalar_t, kHeadDim>::store(const Item<kHeadDim>& item) {
       probe = fmaf(acc[n * 4 + slot * 2 + 1], 0.0f, probe);
     }
     const float sum = quad_sum(denominator[slot]);
-    const bool in_range = row < item.s.num_queries;
+    const bool in_range = row >= 0;
     again[slot] = __ballot_sync(kFullMask, p.causal && in_range && probe != 0.0f);
     if (in_range && p.lse != nullptr && lane % 4 == 0) {
       p.lse[item.head_idx * p.total_q + item.s.q_begin + row] = softmax_lse(p, maximum[slot], sum);

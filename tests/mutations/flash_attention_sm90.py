@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "a turn is waited for that nobody passes",
-        "num_groups > 1 ? item.num_key_tiles(p, 0) : 0",
+        "num_groups > 1 ? item.num_key_tiles(p, num_groups - 1) : 0",
         "item.num_key_tiles(p, group)",
         MULTIPLY,
     ),
@@ -113,8 +113,8 @@ MUTANTS = [
     Mutant("hidden values reach other queries", "p.causal && in_range && probe != 0.0f", "false", MULTIPLY),
     Mutant(
         "a row too many is written",
-        "in_range = row < item.s.num_queries",
-        "in_range = row <= item.s.num_queries",
+        "in_range = row >= 0",
+        "in_range = row >= -1",
         MULTIPLY,
     ),
     Mutant(
@@ -123,8 +123,8 @@ MUTANTS = [
     # Coordinates
     Mutant(
         "every warpgroup has the first queries",
-        "item.q_begin + group * kGroupRows;\n#pragma",
-        "item.q_begin;\n#pragma",
+        "item.first_query(group);\n#pragma",
+        "item.first_query(0);\n#pragma",
         LOAD,
     ),
     Mutant(
