@@ -119,7 +119,8 @@ def test_uses_wgmma_and_no_bank_conflicts(name, dtype):
 
 @pytest.mark.parametrize("name", [EMU_SM90])
 def test_what_tma_cannot_address_runs_the_other_kernels(name):
-    """Rows that are no multiples of 16 bytes, or a rotary_dim that splits blocks of 8 columns over threads."""
+    """Rows that are no multiples of 16 bytes apart, or one row many times; a rotary_dim that splits blocks of 8 columns
+    over threads."""
     with backend(name) as device:
         for shape in ((20, 20, 64), (20, 64, 20)):
             counts = emulator_counts(lambda shape=shape: linear.check(
@@ -131,6 +132,8 @@ def test_what_tma_cannot_address_runs_the_other_kernels(name):
             wide = moved.new_empty(moved.numel() + 1)[1:].view(moved.shape).copy_(moved)
             args = [wide if t is moved else t for t in (x, weight, bias, residual)]
             assert emulator_counts(lambda args=args: linear.check(name, *args))["wgmmas"] == 0
+        expanded = x[:1].expand(20, -1)  # stride 0
+        assert emulator_counts(lambda: linear.check(name, expanded, weight, bias, residual))["wgmmas"] == 0
         args = qkv.inputs(20, 64, 1, 64, 30, torch.bfloat16, "shared")
         assert emulator_counts(lambda: ops.qkv_norm_rope(*args, EPS, 1))["wgmmas"] == 0
 

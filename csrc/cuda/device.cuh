@@ -39,6 +39,9 @@ constexpr unsigned kFullMask = 0xffffffffu;
 // What a block may use on every GPU from sm_80 on: sm_86 and sm_89 give the least.
 constexpr size_t kMaxSmemBytes = 99 * 1024;
 
+// A value that is the same in all lanes of a warp, so that the compiler knows it.
+DEV int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
+
 #ifndef PF_EMULATE
 class SmemCarver {
  public:

@@ -1,8 +1,7 @@
 // flash_attention_sm90_kernel: flash_attention (see flash_attention.cu) in 16-bit types on wgmma and TMA
 //
 // Tile      one block = 192 queries (head_dim 64) or 128 (128) of one head and sequence: 3 or 2 warpgroups x 64. Keys
-// in
-//           tiles of 128. Scores, weights and sums in registers, queries in shared memory. One block per
+//           in tiles of 128. Scores, weights and sums in registers, queries in shared memory. One block per
 //           multiprocessor, which goes from item to item
 //
 //             warps of the last warpgroup   keys | queries | values, each by TMA, ahead into the next items
@@ -62,7 +61,10 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, 1)
   unsigned char* s_values = carver.take<unsigned char>(kStages * S::kTileBytes, 1024);
   smem.v = ptx::smem_u32(s_values);
   smem.barriers = ptx::smem_u32(carver.take<uint64_t>(S::kBarriers));
-  if (threadIdx.x == 0) smem.init_barriers();
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&params.q, &params.k, &params.v}) ptx::prefetch_tensor_map(map);
+    smem.init_barriers();
+  }
   __syncthreads();
 
   const int group = uniform(static_cast<int>(threadIdx.x) / kGroupThreads);
@@ -83,6 +85,8 @@ __global__ void __launch_bounds__(Shape<kHeadDim>::kThreads, 1)
     for_rounds(params, [&](unsigned round) { multiplier.run(round); });
     if (group == 0) multiplier.turn.take();  // the token that is on its way
   }
+#else
+  __trap();  // an error where the driver was made to run the PTX of another architecture
 #endif
 }
 

@@ -4,6 +4,7 @@
 #include "csrc/cuda/attention.cuh"
 #include "csrc/cuda/launch_sm90.cuh"
 #include "csrc/cuda/ptx_sm90.cuh"
+#include "csrc/cuda/ring_sm90.cuh"
 
 namespace persimmon_fast::cuda::flash_sm90 {
 
@@ -80,18 +81,8 @@ struct Smem {
   }
 };
 
-// Where one side of a ring stands, from item to item.
-struct RingPosition {
-  int stage = 0;
-  int parity = 0;  // of the lap
-
-  DEV void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
+// From item to item.
+using RingPosition = cuda::RingPosition<kStages>;
 
 // The item of this block in a round. Heaviest first: with a causal mask the last tiles of every head and sequence have
 // the most keys. Every other round goes backwards, so that no block always gets the heavier ones.

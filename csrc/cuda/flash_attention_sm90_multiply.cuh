@@ -6,9 +6,6 @@
 
 namespace persimmon_fast::cuda::flash_sm90 {
 
-// A value that is the same in all lanes, so that the compiler knows it: descriptors of operands then cost half.
-DEV int uniform(int value) { return __shfl_sync(kFullMask, value, 0); }
-
 // Whose turn it is to issue products: a token that goes round the warpgroups with queries, by barriers 1 .. kGroups.
 // While the products of one run, the others do their softmax.
 struct Turn {
@@ -65,6 +62,12 @@ struct Multiplier {
     if (lane == 0) ptx::mbarrier_arrive(barrier);
   }
 
+  // Before products: what was written to their registers is written.
+  DEV void fence() {
+    ptx::wgmma_registers(weights);
+    ptx::wgmma_registers(acc);
+    ptx::wgmma_fence();
+  }
   // scores = q k^T, in flight.
   DEV void multiply_keys(int stage) {
     const uint64_t q = ptx::wgmma_operand(smem.q_tile(group));
@@ -162,7 +165,7 @@ struct Multiplier {
     int v_stage = uniform(at.stage);
     ptx::mbarrier_wait(smem.k_full(v_stage), at.parity);
     if (ordered_tiles > 0) turn.take();
-    ptx::wgmma_fence();
+    fence();
     multiply_keys(v_stage);
     if (ordered_tiles > 0) turn.pass(num_groups);
     ptx::wgmma_wait<0>();
@@ -179,7 +182,7 @@ struct Multiplier {
       ptx::mbarrier_wait(smem.k_full(k_stage), k_at.parity);
       ptx::mbarrier_wait(smem.v_full(v_stage), at.parity);
       if (tile < ordered_tiles) turn.take();
-      ptx::wgmma_fence();
+      fence();
       multiply_keys(k_stage);
       multiply_values(v_stage);
       if (tile < ordered_tiles) turn.pass(num_groups);
@@ -196,7 +199,7 @@ struct Multiplier {
     }
     v_stage = uniform(at.stage);
     ptx::mbarrier_wait(smem.v_full(v_stage), at.parity);
-    ptx::wgmma_fence();
+    fence();
     multiply_values(v_stage);
     ptx::wgmma_wait<0>();
     values_are_used(v_stage);

@@ -36,6 +36,7 @@
 #include "csrc/cuda/gemm_sm90_epilogue.cuh"
 #include "csrc/cuda/gemm_sm90_tile.h"
 #include "csrc/cuda/launch_sm90.cuh"
+#include "csrc/cuda/ring_sm90.cuh"
 #include "csrc/cuda/wgmma.cuh"
 
 namespace persimmon_fast::cuda {
@@ -75,21 +76,6 @@ DEV void sync_cluster() {
   ptx::cluster_wait();
 }
 
-// The ring as one thread walks round it.
-template <typename Shape>
-struct RingPosition {
-  int stage = 0;
-  int parity = 0;  // of the lap
-
-  DEV int previous() const { return stage == 0 ? Shape::kStages - 1 : stage - 1; }
-  DEV void advance() {
-    if (++stage == Shape::kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 // What all threads of a block know.
 template <typename Shape>
 struct Sm90Block {
@@ -121,7 +107,7 @@ DEV void for_tiles(int m, int n, int rank, Body body) {
 template <typename Shape, BOrder kBOrder, typename Params>
 DEV void produce(const Params& p, const Sm90Block<Shape>& block) {
   constexpr uint16_t kAllBlocks = (1 << Shape::kCluster) - 1;
-  RingPosition<Shape> position;
+  RingPosition<Shape::kStages> position;
   for_tiles<Shape>(p.m, p.n, block.rank, [&](int row0, int col0) {
 #pragma unroll 1
     for (int k0 = 0; k0 < p.k; k0 += Shape::kBlockK) {
@@ -153,16 +139,14 @@ struct WarpgroupProduct {
   const Transform& transform;
   int warp;  // of the consumers
   int lane;
-  RingPosition<Shape> position;
+  RingPosition<Shape::kStages> position;
   float acc[Shape::kBlockN / 2];
 
-  // Descriptor of B at step `step` of a stage.
-  DEV static uint64_t operand_b(uint32_t s_stage, int step) {
-    const uint32_t step_bytes = kTransB ? 16 * 128 : 16 * 2;
-    return ptx::wgmma_operand(s_stage + Shape::kBytesA + step * step_bytes, Shape::kBoxBytes);
-  }
+  static constexpr int kStepBytesA = 16 * 2;
+  static constexpr int kStepBytesB = kTransB ? 16 * 128 : 16 * 2;
 
-  // A stage has been read by this warp: both blocks of the cluster may write into it.
+  // A stage has been read by this warp: both blocks of the cluster may write into it. Between ldmatrix and the TMA that
+  // overwrites what it read stands no proxy fence, as in CUTLASS's products with A from registers.
   DEV void release(int stage) const {
     if constexpr (kAInRegisters) __syncwarp();  // every lane's ldmatrix
     const uint32_t empty = block.empty_barrier(stage);
@@ -171,24 +155,28 @@ struct WarpgroupProduct {
 
   // Enqueues the products of the stage at `position`, with A as r_a where a transform changes it.
   DEV void multiply(bool accumulate, uint32_t (&r_a)[kSteps][4], const uint32_t (&factor)[2]) {
-    const uint32_t s_stage = block.stage(position.stage);
+    const uint32_t s_stage = block.stage(uniform(position.stage));
+    const uint32_t s_a = s_stage + uniform(warp / 4) * 64 * 128;  // of the warpgroup
+    const uint64_t a = ptx::wgmma_operand(s_a);
+    const uint64_t b = ptx::wgmma_operand(s_stage + Shape::kBytesA, Shape::kBoxBytes);
     ptx::mbarrier_wait(block.full_barrier(position.stage), position.parity);
-    const uint32_t s_a = s_stage + warp / 4 * 64 * 128;  // of the warpgroup
     if constexpr (kAInRegisters) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         ptx::ldmatrix(r_a[step], s_a + swizzled<8>(warp % 4 * 16 + lane % 16, step * 2 + lane / 16));
         transform.apply(r_a[step], factor[0], factor[1]);
       }
+      ptx::wgmma_registers(r_a);  // the fence is for them
     }
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const bool add = accumulate || step > 0;
       if constexpr (kAInRegisters) {
-        ptx::wgmma_rs<kTransB>(acc, r_a[step], operand_b(s_stage, step), add, scalar_t{});
+        ptx::wgmma_rs<kTransB>(acc, r_a[step], ptx::wgmma_operand_at(b, step * kStepBytesB), add, scalar_t{});
       } else {
-        ptx::wgmma_ss<kTransB>(acc, ptx::wgmma_operand(s_a + step * 32), operand_b(s_stage, step), add, scalar_t{});
+        ptx::wgmma_ss<kTransB>(acc, ptx::wgmma_operand_at(a, step * kStepBytesA),
+                               ptx::wgmma_operand_at(b, step * kStepBytesB), add, scalar_t{});
       }
     }
     ptx::wgmma_commit();
@@ -229,6 +217,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   const Sm90Block<Shape> block{ptx::smem_u32(s_ring), barriers, barriers + 8 * Shape::kStages,
                                static_cast<int>(blockIdx.x) % Shape::kCluster};
   if (threadIdx.x == 0) {
+    ptx::prefetch_tensor_map(&p.a);
+    ptx::prefetch_tensor_map(&p.b);
     for (int stage = 0; stage < Shape::kStages; ++stage) {
       ptx::mbarrier_init(block.full_barrier(stage), 1);
       ptx::mbarrier_init(block.empty_barrier(stage), Shape::kConsumerWarps * Shape::kCluster);
@@ -263,10 +253,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   __syncwarp();    // the lane that filled the ring, and the others of its warp
   sync_cluster();  // nobody leaves while the other block copies into it
+#else
+  __trap();  // an error where the driver was made to run the PTX of another architecture
 #endif
 }
 
-// How many clusters run at the same time: a kernel that goes from tile to tile must not wait for its own end.
+// Clusters that fit on the device at once: the grid of a kernel that goes from tile to tile.
 template <typename Shape, typename Params>
 cudaError_t max_clusters(void (*kernel)(Params), int num_multiprocessors, int& count) {
 #ifdef PF_EMULATE
@@ -274,7 +266,7 @@ cudaError_t max_clusters(void (*kernel)(Params), int num_multiprocessors, int& c
   count = num_multiprocessors / Shape::kCluster;
   return cudaSuccess;
 #else
-  // Of the kernel on this device; threads that ask at the same time write the same.
+  // Kernels of one Shape take the same resources. Threads that ask at the same time write the same.
   constexpr int kMaxDevices = 64;
   static std::atomic<int> known[kMaxDevices];
   int device = 0;

@@ -1,5 +1,5 @@
-// Instructions of sm_90a: mbarrier, TMA, clusters, register reallocation. As ptx.cuh: one PTX instruction per wrapper
-// under nvcc, its emulation (csrc/emu) on a CPU. Matrix products: wgmma.cuh.
+// Instructions of sm_90a: mbarrier, TMA, clusters, register reallocation. As ptx.cuh: PTX under nvcc, its
+// emulation (csrc/emu) on a CPU. Matrix products: wgmma.cuh.
 #pragma once
 
 #include "csrc/cuda/ptx.cuh"

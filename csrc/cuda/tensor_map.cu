@@ -10,12 +10,12 @@
 namespace persimmon_fast::cuda {
 
 bool is_encodable(const TensorBox& tensor) {
-  constexpr int64_t kMaxSize = int64_t{1} << 31;          // coordinates are signed 32-bit
+  constexpr int64_t kMaxSize = (int64_t{1} << 31) - 256;  // coordinates, of the last box too, are signed 32-bit
   constexpr int64_t kMaxStride = (int64_t{1} << 40) / 2;  // elements
   if (reinterpret_cast<uintptr_t>(tensor.base) % 16 != 0) return false;
   for (int i = 0; i < tensor.rank; ++i) {
     if (tensor.size[i] < 1 || tensor.size[i] >= kMaxSize) return false;
-    if (i > 0 && (tensor.stride[i] < 0 || tensor.stride[i] % 8 != 0 || tensor.stride[i] >= kMaxStride)) return false;
+    if (i > 0 && (tensor.stride[i] <= 0 || tensor.stride[i] % 8 != 0 || tensor.stride[i] >= kMaxStride)) return false;
   }
   return true;
 }

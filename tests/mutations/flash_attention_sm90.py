@@ -4,9 +4,10 @@ SHARED = "csrc/cuda/attention.cuh"
 ITEMS = "csrc/cuda/flash_attention_sm90.cuh"
 LOAD = "csrc/cuda/flash_attention_sm90_load.cuh"
 MULTIPLY = "csrc/cuda/flash_attention_sm90_multiply.cuh"
+RING = "csrc/cuda/ring_sm90.cuh"
 MUTANTS = [
     # Rings
-    Mutant("every lap of a ring has the same parity", "stage = 0;\n      parity ^= 1;", "stage = 0;", ITEMS),
+    Mutant("every lap of a ring has the same parity", "stage = 0;\n      parity ^= 1;", "stage = 0;", RING),
     Mutant("half of a tile's bytes are waited for", "(full, S::kTileBytes)", "(full, S::kTileBytes / 2)", LOAD),
     Mutant(
         "a tile is loaded over one in use",
@@ -56,7 +57,7 @@ MUTANTS = [
         "multiply_values(v_stage);\n    ptx::wgmma_wait<1>();",
         MULTIPLY,
     ),
-    Mutant("no fence before the products", "turn.take();\n      ptx::wgmma_fence();", "turn.take();", MULTIPLY),
+    Mutant("no fence before the products", "    ptx::wgmma_fence();\n", "", MULTIPLY),
     Mutant("steps of 8 values", "step * 16 * kRowBytes", "step * 8 * kRowBytes", MULTIPLY),
     Mutant(
         "groups of dims lie 64 rows apart",

@@ -39,7 +39,7 @@ MUTANTS = [
         "expect_tx(full, Shape::kStageBytes)",
         "expect_tx(full, Shape::kStageBytes + 16)",
     ),
-    linear("the lap has no parity", "      parity ^= 1;\n", ""),
+    linear("the lap has no parity", "      parity ^= 1;\n", "", "csrc/cuda/ring_sm90.cuh"),
     linear(
         "products read a stage before it has arrived",
         "    ptx::mbarrier_wait(block.full_barrier(position.stage), position.parity);\n",
@@ -70,8 +70,8 @@ MUTANTS = [
     linear("no fence before the products", "    ptx::wgmma_fence();\n", ""),
     linear("sums of the last tile are kept", "multiply(k_tile > 0, r_a", "multiply(true, r_a"),
     linear("sums of the last stage are dropped", "accumulate || step > 0", "step > 0"),
-    linear("steps of A read the first 16 of k", "ptx::wgmma_operand(s_a + step * 32)", "ptx::wgmma_operand(s_a)"),
-    linear("both warpgroups read the same rows", "warp / 4 * 64 * 128;  // of", "0;  // of"),
+    linear("steps of A read the first 16 of k", "ptx::wgmma_operand_at(a, step * kStepBytesA)", "a"),
+    linear("both warpgroups read the same rows", "uniform(warp / 4) * 64 * 128;  // of", "0;  // of"),
     linear(
         "both blocks of a cluster fetch the same boxes",
         "box % Shape::kCluster == block.rank",
@@ -151,8 +151,8 @@ MUTANTS = [
     ),
     mlp(
         "groups of 64 columns lie closer than they do",
-        "step * step_bytes, Shape::kBoxBytes);",
-        "step * step_bytes, Shape::kBoxBytes / 2);",
+        "Shape::kBytesA, Shape::kBoxBytes);",
+        "Shape::kBytesA, Shape::kBoxBytes / 2);",
     ),
     mlp("steps of a transposed B are 8 rows", "kTransB ? 16 * 128", "kTransB ? 8 * 128"),
     mlp(
