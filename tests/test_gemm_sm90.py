@@ -67,7 +67,7 @@ def test_qkv_norm_rope(name, dtype, case):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("name", [EMU_SM90])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "rows", "k", "n"),
     [(torch.bfloat16, 129, 600, 72), (torch.float16, 300, 72, 520), (torch.bfloat16, 130, 328, 648)],
@@ -81,7 +81,7 @@ def test_sanitized_linear_residual(name, dtype, rows, k, n):
 
 
 @pytest.mark.sanitize
-@pytest.mark.parametrize("name", [EMU_SM90])
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize(
     ("dtype", "neuron_major", "rows", "hidden", "intermediate"),
     [(torch.bfloat16, True, 140, 136, 600), (torch.float16, False, 33, 72, 584), (torch.float16, True, 129, 264, 328)],

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of under ten minutes.
+# Everything that needs a GPU, in one command of about a quarter of an hour.
 #
 #   tools/check_on_gpu.sh OUT [WHEEL]
 #
@@ -50,5 +50,6 @@ else
   echo "compute-sanitizer was not found: not run" | tee -a "$out/summary.txt"
 fi
 step benchmarks 200 python3 benchmarks/run.py --device cuda --seconds 1 --out "$out"
+step prefill 400 python3 benchmarks/run.py prefill --device cuda --out "$out"
 step compiled 120 python3 benchmarks/run.py --device cuda --quick --compile --out "$out/compiled"
 exit $failed

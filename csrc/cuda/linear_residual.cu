@@ -1,7 +1,7 @@
 // linear_residual: out[m, n] = (sum_k x[m, k] * weight[n, k] + bias[n]) + residual[m, n]
 //
-// Tile      gemm.cuh; up to 16 rows stream.cuh, in units of 16 weight rows. The epilogue reads the residual and writes
-//           the output in rows of 16-byte pieces
+// Tile      gemm.cuh, on sm_90a gemm_sm90.cuh; up to 16 rows stream.cuh, in units of 16 weight rows. The epilogue reads
+//           the residual and writes the output in rows of 16-byte pieces
 // Traffic   x, weight, residual, out: once each from HBM as far as L2 holds what tiles share
 // Bound     tensor cores from about 150 rows on; below, the weight
 // Resources ptxas -v, registers per thread (sm_80; sm_90a), no spills on 8.0, 8.6, 8.9, 9.0a. 16-bit: large tile 242;

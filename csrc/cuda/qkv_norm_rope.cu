@@ -1,8 +1,9 @@
 // qkv_norm_rope: [q | k | v][t, h] = x[t] W[h]^T + b[h], 3 * head_dim rows of W per head, then
 //                q = rope(LayerNorm(q)), k = rope(LayerNorm(k)), v as it is; k and v to their cache slots
 //
-// Tile      gemm.cuh; up to 16 tokens stream.cuh, in units of a part. A part: the q, k or v of one head. Every tile is
-//           whole parts, so a part lies in one block, and all that follows the product happens where its fp32 sums are
+// Tile      gemm.cuh, on sm_90a gemm_sm90.cuh; up to 16 tokens stream.cuh, in units of a part. A part: the q, k or v of
+//           one head. Every tile is whole parts, so a part lies in one block, and all that follows the product happens
+//           where its fp32 sums are (qkv_epilogue.cuh)
 //
 //             columns of W   | q0 k0 | v0 q1 | k1 v1 | q2 ..      head_dim 64, tiles of 128: two parts each
 //                            |  q0   |  k0   |  v0   | q1 ..      head_dim 128: one

@@ -3,9 +3,9 @@
 // Up to 16 rows, D neuron-major: the first product is streamed (stream.cuh) and leaves h and masks of active neurons;
 // the second, squared_relu_down.cu, reads their rows of D alone. Registers of the first: 108; 112, fp32 91; 128. Else:
 //
-// Tile      two products of gemm.cuh. The first writes h, unsquared, in the dtype of x; the second squares its A
-//           operand in registers, between ldmatrix and mma. D in either memory order: neuron-major is the N-major B of
-//           gemm.cuh
+// Tile      two products of gemm.cuh, on sm_90a of gemm_sm90.cuh. The first writes h, unsquared, in the dtype of x; the
+//           second squares its A operand in registers, between ldmatrix and mma. D in either memory order: neuron-major
+//           is the N-major B of gemm.cuh
 // Traffic   U and D once per group of 16 row tiles, h written once and read once; no pass over h of its own
 // Bound     tensor cores from about 150 rows on; below, the bytes of U and D
 // Issue     the squares are 16 (bf16) or 32 (fp16) two-element products per warp and step of 16 k of the large tile.
