@@ -23,6 +23,13 @@ EMU_RT void* enter_fiber(void* fiber) {
 }
 EMU_RT void leave_fiber(void* caller) { __tsan_switch_to_fiber(caller, __tsan_switch_to_fiber_no_sync); }
 
+// The fiber knows from now on of what the current one knows of.
+EMU_RT void tell_fiber(void* fiber) {
+  void* caller = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber, 0);
+  leave_fiber(caller);
+}
+
 EMU_RT void release_as(void* fiber, Block* block) {
   if (fiber == nullptr) return;
   void* caller = enter_fiber(fiber);
@@ -31,16 +38,14 @@ EMU_RT void release_as(void* fiber, Block* block) {
   leave_fiber(caller);
 }
 
-// The fiber for a copy that this thread issues: it knows of what the thread knows of.
+// A fiber for a copy. It knows of what the current fiber knows of.
 EMU_RT void* take_tma_fiber(Site site) {
   void*& fiber = tma_fibers.fiber[tma_fibers.next++ % kNumTmaFibers];
   if (fiber == nullptr) fiber = create_tsan_fiber();
   char name[64];
   std::snprintf(name, sizeof name, "TMA (issued at %s:%d)", base_name(site.file), site.line);
   __tsan_set_fiber_name(fiber, name);
-  void* issuer = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(fiber, 0);
-  __tsan_switch_to_fiber(issuer, __tsan_switch_to_fiber_no_sync);
+  tell_fiber(fiber);
   return fiber;
 }
 
@@ -64,11 +69,13 @@ EMU_RT void* enter_proxy(Block* block, const char* reader, Site site) {
   void* caller = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(block->proxy_fiber, __tsan_switch_to_fiber_no_sync);
   hb_acquire(&block->proxy_token);
+  hb_acquire(&block->order_token[(block->num_started - 1) % 2]);  // as every thread of the block
   return caller;
 }
 
 #else
 
+EMU_RT void tell_fiber(void*) {}
 EMU_RT void* take_tma_fiber(Site) { return nullptr; }
 EMU_RT void end_proxies() {}
 EMU_RT void* enter_proxy(Block*, const char*, Site) { return nullptr; }

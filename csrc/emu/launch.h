@@ -122,7 +122,7 @@ EMU_RT void reset_sm90_state(Block* block, Cluster* cluster, int rank) {
 
 EMU_RT void start_block(Block* block, uint3 index) {
   const uint3 dim = machine.grid.block_dim;
-  const int num_threads = block->num_threads;
+  const int num_threads = block->num_threads, num_registers = initial_registers(num_threads);
   ++machine.stats.blocks;
   block->index = index;
   block->live = num_threads;
@@ -155,7 +155,7 @@ EMU_RT void start_block(Block* block, uint3 index) {
     thread->num_atomics = 0;
     thread->num_store_groups = 0;
     thread->has_arrived = false;
-    thread->num_registers = initial_registers(num_threads);
+    thread->num_registers = num_registers;
     for (const void*& address : thread->atomics) address = nullptr;
     thread->site = Site{};
     thread->waits_in = "nothing";

@@ -114,10 +114,17 @@ EMU_RT void load_to_block(Block* block, uint32_t dst, const TensorMap* map, uint
   const Mbarrier& state = find_mbarrier(block, barrier, operation, site);
   EMU_CHECK(state.is_visible, site, "%s: the init of its mbarrier at %s:%d was not followed by fence.mbarrier_init",
             operation, base_name(state.site.file), state.site.line);
-  // Readers of the old content must have finished by now, not only when the copy is done.
-  hb_write(data, box_bytes(map));
-  check_access(site);
+  // What ordinary stores wrote here must not arrive after the copy: seen as a read, since behind readers of the old
+  // content no proxy fence is needed. They must have finished by now, not only when the copy is done.
+  void* caller = enter_proxy(block, operation, site);
+  hb_read(data, box_bytes(map));
   BulkCopy* copy = add_bulk_copy(map, at, block, dst, site);
+  leave_fiber(caller);
+  tell_fiber(copy->tsan_fiber);
+  caller = enter_fiber(copy->tsan_fiber);
+  hb_write(data, box_bytes(map));
+  leave_fiber(caller);
+  check_access(site);
   copy->is_store = false;
   copy->mbarrier = barrier;
   if (machine.config.async == AsyncPolicy::kEarly) return finish_load(machine.num_bulk_copies - 1);

@@ -52,6 +52,7 @@ enum LoadMistake {
   kTooFewBytes,
   kNeverWaited,
   kTwoLoadsToOnePlace,
+  kNoFenceBefore,
 };
 SM90_CASE(tma_load, one_map, 1, 32, 1, 2 * kTileBytes + 16) {
   const int64_t mistake = args.broken() ? args.numbers[0] : int64_t{kLoaded};
@@ -59,6 +60,9 @@ SM90_CASE(tma_load, one_map, 1, 32, 1, 2 * kTileBytes + 16) {
   uint32_t* s_box = smem.take<uint32_t>(2 * kTileBytes / 4, 1024);
   const uint32_t barrier = ptx::smem_u32(smem.take<uint64_t>(1));
   uint32_t box = ptx::smem_u32(s_box);
+  if (threadIdx.x == 7) s_box[7] = 7;  // overwritten by the load
+  if (mistake != kNoFenceBefore) ptx::fence_proxy_async();
+  __syncthreads();
   if (mistake == kMisaligned) box += 128;
   if (mistake == kBeyondTheArray) box += kTileBytes + 1024;
   if (threadIdx.x == 0) {

@@ -16,7 +16,8 @@ NO_CLUSTER_BARRIER, RELEASES_OWN_BLOCK, WAITS_FOR_OWN_BLOCK, ENDS_EARLY, WRONG_M
 # enums of sm90_faults.cu
 (
     NO_WAIT, NO_TENSOR_MAP, TENSOR_RANK, MISALIGNED, BEYOND_THE_ARRAY, TOO_FEW_BYTES_LOADED, NEVER_WAITED, TWO_LOADS,
-) = range(1, 9)  # fmt: skip
+    NO_FENCE_BEFORE,
+) = range(1, 10)  # fmt: skip
 NO_PROXY_FENCE, OVERWRITTEN, NOT_WAITED, NO_STORE_COMMIT, READ_TOO_EARLY = range(1, 6)
 MISSING_PROXY_FENCE, DIFFERS, OUT_OF_BOUNDS, REGISTERS_REPLACED = range(1, 5)
 TOO_MANY, UP_IS_DOWN, ONE_WARP, TWO_NUMBERS, NO_MULTIPLE = range(1, 6)
@@ -25,7 +26,8 @@ FLIGHT = rf"touches data in flight: byte \d+ of .*; the TMA load issued {AT} has
 IN_FLIGHT = rf"wgmma {FLIGHT}; {AT}; {THREAD}"
 WAITS = r"deadlock; .*waits in mbarrier.try_wait"
 RACE = r"data race: {} of size \d+ by {}.*, Previous {} of size \d+ by {}.*; {}".format
-PROXY, PROXY_OF_WGMMA = r"the async proxy \(TMA store at", r"the async proxy \(wgmma at"
+TMA, PROXY_OF_WGMMA = r"TMA \(issued at", r"the async proxy \(wgmma at"
+PROXY_OF_LOAD, PROXY_OF_STORE = r"the async proxy \(TMA load at", r"the async proxy \(TMA store at"
 
 
 def gemm(mistake: int, message: str) -> Fault:
@@ -93,13 +95,14 @@ FAULTS = {
     ],
     "tsan": [
         gemm(NO_BARRIER_AFTER_INIT, RACE("Read", "block", "write", r".* thread \(128,0,0\)", AT)),
-        gemm(EARLY_RELEASE, RACE("Write", "block", "read", PROXY_OF_WGMMA, AT)),
-        gemm(ONE_WARP_DOES_NOT_WAIT, RACE("Write", "block", "read", "block", AT)),
+        gemm(EARLY_RELEASE, RACE("Write", TMA, "read", "", AT)),
+        gemm(ONE_WARP_DOES_NOT_WAIT, RACE("Write", TMA, "read", "block", AT)),
         sm90("product", RACE("Read", PROXY_OF_WGMMA, "write", "block", AT), MISSING_PROXY_FENCE),
-        sm90("tma_load", RACE("Write", r"TMA \(issued", "read", "block", AT), NO_WAIT),
-        sm90("tma_store", RACE("Read", PROXY, "write", "block", AT), NO_PROXY_FENCE),
-        sm90("tma_store", RACE("Write", "block", "read", PROXY, ""), OVERWRITTEN),
-        sm90("tma_store", RACE("Read", "block", "write", r"TMA \(issued", ""), READ_TOO_EARLY),
+        sm90("tma_load", RACE("Read", rf"block .* {AT}", "write", TMA, ""), NO_WAIT),
+        sm90("tma_load", RACE("Read", PROXY_OF_LOAD, "write", "block", AT), NO_FENCE_BEFORE),
+        sm90("tma_store", RACE("Read", PROXY_OF_STORE, "write", "block", AT), NO_PROXY_FENCE),
+        sm90("tma_store", RACE("Write", "block", "read", PROXY_OF_STORE, ""), OVERWRITTEN),
+        sm90("tma_store", RACE("Read", "block", "write", TMA, ""), READ_TOO_EARLY),
         sm90("cluster_exchange", RACE("Write", rf"block .* {AT}", "read", "block", ""), WRITES_AGAIN),
     ],
 }  # fmt: skip
