@@ -38,7 +38,8 @@ EMU_RT void release_as(void* fiber, Block* block) {
   leave_fiber(caller);
 }
 
-// A fiber for a copy. It knows of what the current fiber knows of.
+// A fiber for a copy. It knows of what the thread knows of that issues it. To be called by that thread: ThreadSanitizer
+// sees the name being written to its stack.
 EMU_RT void* take_tma_fiber(Site site) {
   void*& fiber = tma_fibers.fiber[tma_fibers.next++ % kNumTmaFibers];
   if (fiber == nullptr) fiber = create_tsan_fiber();

@@ -116,11 +116,11 @@ EMU_RT void load_to_block(Block* block, uint32_t dst, const TensorMap* map, uint
             operation, base_name(state.site.file), state.site.line);
   // What ordinary stores wrote here must not arrive after the copy: seen as a read, since behind readers of the old
   // content no proxy fence is needed. They must have finished by now, not only when the copy is done.
+  BulkCopy* copy = add_bulk_copy(map, at, block, dst, site);
   void* caller = enter_proxy(block, operation, site);
   hb_read(data, box_bytes(map));
-  BulkCopy* copy = add_bulk_copy(map, at, block, dst, site);
-  leave_fiber(caller);
   tell_fiber(copy->tsan_fiber);
+  leave_fiber(caller);
   caller = enter_fiber(copy->tsan_fiber);
   hb_write(data, box_bytes(map));
   leave_fiber(caller);
@@ -181,9 +181,10 @@ EMU_RT void tma_store(const CUtensorMap* encoded, uint32_t src, int rank, const 
   const char* data = box_memory(block, src, map, operation, site);
   check_box_in_allocation(map, at, operation, site);
   hb_read(data, box_bytes(map));
+  BulkCopy* copy = add_bulk_copy(map, at, block, src, site);
   void* caller = enter_proxy(block, operation, site);
   hb_read(data, box_bytes(map));
-  BulkCopy* copy = add_bulk_copy(map, at, block, src, site);
+  tell_fiber(copy->tsan_fiber);
   leave_fiber(caller);
   check_access(site);
   copy->is_store = true;
