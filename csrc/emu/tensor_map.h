@@ -37,8 +37,8 @@ inline void encode_tensor_map(const void* base, int rank, const int64_t* size, c
   for (int i = 0; i < rank; ++i) {
     const std::string dimension = " of dimension " + std::to_string(i);
     check(size[i] >= 1 && size[i] <= int64_t{1} << 32, "size" + dimension + " is " + std::to_string(size[i]));
-    check(i == 0 || (stride[i] >= 0 && stride[i] % 8 == 0 && stride[i] < int64_t{1} << 39),
-          "stride" + dimension + " must be a multiple of 8 elements, got " + std::to_string(stride[i]));
+    check(i == 0 || (stride[i] > 0 && stride[i] % 8 == 0 && stride[i] < int64_t{1} << 39),
+          "stride" + dimension + " must be a positive multiple of 8 elements, got " + std::to_string(stride[i]));
     check(box[i] >= 1 && box[i] <= kMaxBoxSize, "box" + dimension + " must be 1 to 256, got " + std::to_string(box[i]));
     map.size[i] = size[i];
     map.stride[i] = i == 0 ? 1 : stride[i];

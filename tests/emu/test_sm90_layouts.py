@@ -89,7 +89,7 @@ def test_tma_load(sm90, box, policy):
 
 
 @pytest.mark.parametrize("policy", ["late", "early", "random"])
-@pytest.mark.parametrize("box", [box for box in BOXES if 0 not in box.stride], ids=str)
+@pytest.mark.parametrize("box", BOXES, ids=str)
 def test_tma_store(sm90, box, policy):
     sm90.configure(async_policy=policy, architecture=90)
     tensor, shared = np.zeros(box.num_elements(), np.uint16), np.arange(1, 1 + np.prod(box.box), dtype=np.uint16)
@@ -107,3 +107,22 @@ def test_tma_swizzles_as_cute_does(sm90, swizzle, columns):
     loaded = run_load(sm90, Box((columns, 128), (1, columns), (columns, 128), (0, 0), swizzle), tensor)
     pieces = SM90[f"k_{swizzle}"][:, : columns // 8]
     np.testing.assert_array_equal(loaded.reshape(-1, 8)[pieces].reshape(-1), tensor)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        (
+            Box((64, 4), (1, 68), (64, 4), (0, 0), "128"),
+            "dimension 1 must be a positive multiple of 8 elements, got 68",
+        ),
+        (Box((64, 4), (1, 0), (64, 4), (0, 0), "128"), "dimension 1 must be a positive multiple of 8 elements, got 0"),
+        (Box((64, 4), (1, 64), (64, 257), (0, 0), "128"), "box of dimension 1 must be 1 to 256, got 257"),
+        (Box((64, 4), (1, 64), (12, 4), (0, 0), "128"), "a row of the box must be a multiple of 16 bytes, got 24"),
+        (Box((64, 4), (1, 64), (64, 4), (0, 0), "64"), "a row of the box, 128 bytes, is wider than the swizzle"),
+        (Box((0, 4), (1, 64), (64, 4), (0, 0), "128"), "size of dimension 0 is 0"),
+    ],
+)
+def test_tensor_maps_that_the_driver_refuses(sm90, box, message):
+    with pytest.raises(KernelError, match=message):
+        sm90.run("tma_load_box", np.zeros(1024, np.uint16), box.description(), np.zeros(64 * 300, np.uint16))
