@@ -182,6 +182,16 @@ struct WarpgroupProduct {
     ptx::wgmma_commit();
   }
 
+  // The stages of a tile in which this warpgroup has no rows.
+  DEV void skip(int k_tiles) {
+#pragma unroll 1
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      ptx::mbarrier_wait(block.full_barrier(position.stage), position.parity);
+      release(position.stage);
+      position.advance();
+    }
+  }
+
   // acc = the product of 64 rows; factor: of the two rows of this thread.
   DEV void run(int k_tiles, const uint32_t (&factor)[2]) {
     constexpr int kSets = kAInRegisters ? 2 : 1;  // the products of one stage run while the next is prepared
@@ -237,6 +247,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     WarpgroupProduct<scalar_t, Shape, kBOrder, Transform> product{block, p.transform, warp, lane, {}, {}};
     const WarpSlabs slabs{s_slabs + warp * Shape::kSlabBytes, lane};
     for_tiles<Shape>(p.m, p.n, block.rank, [&](int row0, int col0) {
+      const int k_tiles = ceil_div(p.k, Shape::kBlockK);
+      if (row0 + uniform(warp / 4) * 64 >= p.m) return product.skip(k_tiles);
       const int warp_row0 = row0 + warp * 16;
       const int rows = p.m - warp_row0;  // inside the product; maybe more than 16, or none
       const WarpTile<Shape::kBlockN> tile{product.acc, slabs, lane, warp_row0, col0, min(rows, 16), p.n - col0};
@@ -247,7 +259,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         factor[half] = row < rows ? p.transform.factor(warp_row0 + row) : 0;
       }
       if (rows > 0) begin(p.epilogue, tile);
-      product.run(ceil_div(p.k, Shape::kBlockK), factor);
+      product.run(k_tiles, factor);
       if (rows > 0) finish(p.epilogue, tile);
     });
   }

@@ -42,8 +42,8 @@ MUTANTS = [
     linear("the lap has no parity", "      parity ^= 1;\n", "", "csrc/cuda/ring_sm90.cuh"),
     linear(
         "products read a stage before it has arrived",
-        "    ptx::mbarrier_wait(block.full_barrier(position.stage), position.parity);\n",
-        "",
+        "position.parity);\n    if constexpr (kAInRegisters) {\n#pragma unroll",
+        "position.parity ^ 1);\n    if constexpr (kAInRegisters) {\n#pragma unroll",
     ),
     linear(
         "a stage is released while products read it",
@@ -60,6 +60,16 @@ MUTANTS = [
         "the last stage of a tile is not released",
         "    ptx::wgmma_registers(acc);\n    release(position.previous());",
         "    ptx::wgmma_registers(acc);",
+    ),
+    linear(
+        "a warpgroup without rows keeps the stages",
+        "      release(position.stage);\n      position.advance();",
+        "      position.advance();",
+    ),
+    linear(
+        "a warpgroup without rows releases what has not arrived",
+        "      ptx::mbarrier_wait(block.full_barrier(position.stage), position.parity);\n      release",
+        "      release",
     ),
     linear(
         "a stage is released to the own block alone",
