@@ -123,14 +123,15 @@ cudaError_t launch_typed(const AttentionParams& p, cudaStream_t stream) {
   if (error == cudaSuccess) error = encode_tensor_map(boxes.v, params.v);
   if (error != cudaSuccess) return error;
   params.attention = p;
-  params.num_tiles = static_cast<int>(ceil_div<int64_t>(p.max_seqlen_q, Shape<kHeadDim>::kBlockM));
-  params.num_items = static_cast<unsigned>(params.num_tiles) * p.num_heads * p.batch_size;
   params.scale_log2 = positive_scale_log2(p);
   params.slack = maximum_slack(params.scale_log2);
   params.box_rows = boxes.k.box[p.page_table == nullptr ? 2 : 1];
   while (p.page_size >> (params.page_shift + 1) != 0) ++params.page_shift;
-  const unsigned num_blocks = std::min<unsigned>(params.num_items, p.num_multiprocessors);
-  params.num_rounds = ceil_div(params.num_items, num_blocks);
+  // The last tiles of queries of all heads and sequences, those before them, and so on.
+  const unsigned num_tiles = static_cast<unsigned>(ceil_div<int64_t>(p.max_seqlen_q, Shape<kHeadDim>::kBlockM));
+  const unsigned num_items = num_tiles * p.num_heads * p.batch_size;
+  const unsigned num_blocks = std::min<unsigned>(num_items, p.num_multiprocessors);
+  params.num_rounds = ceil_div(num_items, num_blocks);
   return launch("flash_attention_sm90", flash_attention_sm90_kernel<scalar_t, kHeadDim>, num_blocks,
                 Shape<kHeadDim>::kThreads, Shape<kHeadDim>::kSmemBytes, stream, params);
 }

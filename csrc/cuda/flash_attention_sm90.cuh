@@ -35,8 +35,6 @@ struct Params {
   CUtensorMap k;
   CUtensorMap v;
   AttentionParams attention;
-  int num_tiles;        // of queries, of the longest sequence
-  unsigned num_items;   // tiles x heads x sequences
   unsigned num_rounds;  // in which every block does an item
   int box_rows;         // keys that one copy brings
   int page_shift;       // log2 of the page size
@@ -121,13 +119,11 @@ struct Item {
   }
 };
 
-// body(round) for every round in which this block has an item.
+// body(round) for every round. What is left over of the last round are tiles before a sequence's first query.
 template <typename Body>
 DEV void for_rounds(const Params& params, Body body) {
 #pragma unroll 1
-  for (unsigned round = 0; round < params.num_rounds; ++round) {
-    if (item_of_round(round) < params.num_items) body(round);
-  }
+  for (unsigned round = 0; round < params.num_rounds; ++round) body(round);
 }
 
 }  // namespace persimmon_fast::cuda::flash_sm90

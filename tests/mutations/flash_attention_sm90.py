@@ -139,12 +139,6 @@ MUTANTS = [
     Mutant("the page table is read behind the keys", "key_idx < item.s.num_keys ? pages", "true ? pages", LOAD),
     # Items
     Mutant("an item twice, another never", "gridDim.x - 1 - blockIdx.x", "gridDim.x - 1 - (blockIdx.x + 1) / 2", ITEMS),
-    Mutant(
-        "an item behind the last",
-        "item_of_round(round) < params.num_items",
-        "item_of_round(round) <= params.num_items",
-        ITEMS,
-    ),
     # Predicate
     Mutant("a negative scale is taken as positive", "!(p.softmax_scale >= 0.0f)", "false"),
     Mutant("pages of any size are taken", "!(is_power_of_two && p.page_size >= 8)", "false"),
