@@ -18,9 +18,9 @@
 // Numerics  scores, softmax and sums in fp32, weights rounded to the dtype before w v but not before l. m_i follows
 //           the true maximum only when that grows by more than a factor of 2^8 in weight: rescaling is rare, and fp32
 //           and fp16 have the room. The bits of a row depend on its keys, its number and head_dim alone: not on batch,
-//           strides, alignment or pages. NaN and inf reach the queries that see them and no other (see store_rows)
+//           strides, alignment or pages. NaN and inf reach the queries that see them and no other (see repeat_rows)
 // Requires  head_dim 64 or 128, last dimensions dense (csrc/ops/cuda). Rows of any alignment; cp.async where it is 16
-//           bytes
+//           bytes. On compute capability 9.0 flash_attention_sm90.cu takes most calls
 // Measured  not run on a GPU yet
 // Source    Dao 2023, FlashAttention-2, arXiv:2307.08691 (schedule); Milakov and Gimelshein 2018, arXiv:1805.02867
 //           (online softmax); rescaling only beyond a threshold: FlashAttention-4; kernel written for this project.
