@@ -32,7 +32,7 @@
 //           of two of at least 8 keys
 // Measured  not run on a GPU yet
 // Source    Shah et al. 2024, FlashAttention-3, arXiv:2407.08608 (warpgroups that load and that multiply, turns, the
-//           softmax beside the products); FlashAttention-4 (rescaling beyond a threshold); kernel written for this project
+//           softmax beside the products); FlashAttention-4 (rescaling beyond a threshold); written for this project
 #include "csrc/cuda/flash_attention_sm90.h"
 
 #include <algorithm>
