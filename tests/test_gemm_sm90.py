@@ -117,6 +117,15 @@ def test_uses_wgmma_and_no_bank_conflicts(name, dtype):
     assert counts[0]["blocks"] == 2  # a cluster
 
 
+@pytest.mark.sanitize
+@pytest.mark.parametrize("name", [EMU_SM90])
+def test_every_tile_is_computed_once(name):
+    """600 rows are 10 warpgroups of 64, 520 columns 3 tiles of 192, 136 of k 3 stages of 4 products."""
+    with backend(name) as device:
+        args = linear.inputs(600, 136, 520, torch.bfloat16, device)
+        assert emulator_counts(lambda: linear.check(name, *args))["wgmmas"] == 10 * 3 * 3 * 4
+
+
 @pytest.mark.parametrize("name", [EMU_SM90])
 def test_what_tma_cannot_address_runs_the_other_kernels(name):
     """Rows that are no multiples of 16 bytes apart, or one row many times; a rotary_dim that splits blocks of 8 columns
