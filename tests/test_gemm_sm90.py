@@ -57,6 +57,7 @@ QKV_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize("case", QKV_CASES, ids=str)
