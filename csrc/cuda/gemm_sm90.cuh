@@ -261,6 +261,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       if (rows > 0) begin(p.epilogue, tile);
       product.run(k_tiles, factor);
       if (rows > 0) finish(p.epilogue, tile);
+      __syncwarp();  // the rows of the last slab have been read: the next tile may begin with it
     });
   }
   __syncwarp();    // the lane that filled the ring, and the others of its warp

@@ -14,6 +14,10 @@ def mlp(what: str, old: str, new: str, file: str = GEMM) -> Mutant:
     return Mutant(what, old, new, file, kernels=("squared_relu_mlp",))
 
 
+def qkv_gemm(what: str, old: str, new: str) -> Mutant:
+    return Mutant(what, old, new, GEMM, kernels=("qkv_norm_rope",))
+
+
 def qkv(what: str, old: str, new: str) -> Mutant:
     return Mutant(what, old, new, QKV, kernels=("qkv_norm_rope",))
 
@@ -181,6 +185,11 @@ MUTANTS = [
         "p.transform.factor(warp_row0)",
     ),
     mlp("the largest of a row misses three lanes", "reduce_lanes<4>(largest[h]", "reduce_lanes<1>(largest[h]", MLP),
+    qkv_gemm(
+        "the last slab of a tile is still read when the next one writes it",
+        "      __syncwarp();  // the rows of the last slab have been read: the next tile may begin with it\n",
+        "",
+    ),
     qkv(
         "columns are rotated with their neighbours",
         "values[h][2 * (j + kHalf / 8) + e];",
