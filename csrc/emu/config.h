@@ -135,9 +135,6 @@ inline Config config_from_environment() {
   if (const char* text = std::getenv("PF_EMU_MAX_SHARED_BYTES")) {
     config.shared_bytes_wanted = static_cast<size_t>(number("PF_EMU_MAX_SHARED_BYTES", text));
   }
-  if (const char* text = std::getenv("PF_EMU_ARCH")) {
-    config.architecture = parse_architecture(number("PF_EMU_ARCH", text));
-  }
   return config;
 }
 

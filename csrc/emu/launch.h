@@ -33,7 +33,7 @@ inline void configure(const std::string& sched, const std::string& async, uint64
   machine.config = changed;
 }
 
-inline void set_architecture(int architecture) {
+inline void set_architecture(long long architecture) {
   const std::lock_guard lock(machine.mutex);
   config();
   machine.config.architecture = parse_architecture(architecture);
@@ -239,8 +239,7 @@ inline void check_limits(dim3 grid, dim3 block, size_t dynamic_bytes) {
 inline void check_cluster(dim3 grid) {
   const unsigned size = machine.grid.cluster_size;
   if (!machine.grid.is_sm90) return;
-  EMU_CHECK(config().architecture >= 90, Site{}, "a kernel for sm_90a, launched on sm_%d (PF_EMU_ARCH)",
-            config().architecture);
+  EMU_CHECK(config().architecture >= 90, Site{}, "a kernel for sm_90a, launched on sm_%d", config().architecture);
   EMU_CHECK(size >= 1 && size <= kMaxClusterBlocks, Site{}, "a cluster of %u blocks; 1 to %d are allowed", size,
             kMaxClusterBlocks);
   const size_t num_threads = size_t{size} * machine.grid.block_dim.x * machine.grid.block_dim.y;

@@ -9,7 +9,7 @@ void configure(const std::string& sched, const std::string& async, int64_t seed,
   emu::configure(sched, async, static_cast<uint64_t>(seed), emu::parse_resident(resident));
 }
 
-void set_architecture(int64_t architecture) { emu::set_architecture(emu::parse_architecture(architecture)); }
+void set_architecture(int64_t architecture) { emu::set_architecture(architecture); }
 
 c10::Dict<std::string, int64_t> stats() {
   const emu::Stats s = emu::stats();

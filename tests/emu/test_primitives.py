@@ -72,7 +72,6 @@ def test_unknown_setting_is_refused(library, setting, message):
         ("PF_EMU_SEED", "one", "PF_EMU_SEED must be a number, got 'one'"),
         ("PF_EMU_RESIDENT", "-1", "resident must be"),
         ("PF_EMU_MAX_SHARED_BYTES", "512", "dynamic shared memory; a block may use 512"),
-        ("PF_EMU_ARCH", "75", "architecture must be 80 or 90, got 75"),
     ],
 )
 def test_environment_variables_are_read(plain_path, variable, value, message):
