@@ -31,18 +31,10 @@ cudaError_t launch_dependent(const char* name, void (*kernel)(Params), dim3 grid
   emu::launch_dependent_named(name, kernel, grid, block, smem_bytes, params);
   return cudaSuccess;
 #else
-  if (const cudaError_t error = allow_smem(kernel, smem_bytes); error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = smem_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, params);
+  return AttributedLaunch(kernel, grid, block, smem_bytes, stream, attribute).run(kernel, params);
 #endif
 }
 

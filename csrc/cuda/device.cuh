@@ -71,6 +71,33 @@ cudaError_t allow_smem(void (*kernel)(Params), size_t smem_bytes) {
 }
 #endif
 
+#ifndef PF_EMULATE
+// A launch with one attribute, for cudaLaunchKernelEx; `config` points to the attribute.
+struct AttributedLaunch {
+  template <typename Params>
+  AttributedLaunch(void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes, cudaStream_t stream,
+                   const cudaLaunchAttribute& launch_attribute)
+      : error(allow_smem(kernel, smem_bytes)), attribute(launch_attribute) {
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = smem_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  AttributedLaunch(const AttributedLaunch&) = delete;
+
+  template <typename Params>
+  cudaError_t run(void (*kernel)(Params), const Params& params) const {
+    return error != cudaSuccess ? error : cudaLaunchKernelEx(&config, kernel, params);
+  }
+
+  cudaError_t error;
+  cudaLaunchAttribute attribute;
+  cudaLaunchConfig_t config{};
+};
+#endif
+
 // Enqueues kernel(params). name: for messages. Neither allocates nor synchronises; returns the launch's error.
 template <typename Params>
 cudaError_t launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, size_t smem_bytes,

@@ -287,8 +287,9 @@ cudaError_t max_clusters(void (*kernel)(Params), int num_multiprocessors, int& c
   if (error != cudaSuccess) return error;
   count = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (count != 0) return cudaSuccess;
-  const Sm90Launch launch(kernel, dim3(static_cast<unsigned>(num_multiprocessors / Shape::kCluster * Shape::kCluster)),
-                          Shape::kThreads, Shape::kCluster, Shape::kSmemBytes, nullptr);
+  const unsigned blocks = static_cast<unsigned>(num_multiprocessors / Shape::kCluster * Shape::kCluster);
+  const AttributedLaunch launch(kernel, blocks, Shape::kThreads, Shape::kSmemBytes, nullptr,
+                                cluster_attribute(Shape::kCluster));
   error = launch.error != cudaSuccess ? launch.error : cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config);
   if (error == cudaSuccess && count < 1) error = cudaErrorInvalidConfiguration;
   if (error == cudaSuccess && device < kMaxDevices) known[device].store(count, std::memory_order_relaxed);

@@ -15,29 +15,14 @@ constexpr bool kBuiltSm90a = false;
 #endif
 
 #ifndef PF_EMULATE
-// The configuration of a launch, with the attribute that it points to.
-struct Sm90Launch {
-  template <typename Params>
-  Sm90Launch(void (*kernel)(Params), dim3 grid, dim3 block, unsigned cluster_size, size_t smem_bytes,
-             cudaStream_t stream)
-      : error(allow_smem(kernel, smem_bytes)) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = cluster_size;
-    attribute.val.clusterDim.y = 1;
-    attribute.val.clusterDim.z = 1;
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = smem_bytes;
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  Sm90Launch(const Sm90Launch&) = delete;
-
-  cudaError_t error;
+inline cudaLaunchAttribute cluster_attribute(unsigned cluster_size) {
   cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config{};
-};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster_size;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  return attribute;
+}
 #endif
 
 // As launch(). cluster_size: consecutive blocks that run at the same time and reach each other's shared memory; divides
@@ -51,8 +36,7 @@ cudaError_t launch_sm90(const char* name, void (*kernel)(Params), dim3 grid, dim
   return cudaSuccess;
 #else
   static_cast<void>(name);
-  const Sm90Launch launch(kernel, grid, block, cluster_size, smem_bytes, stream);
-  return launch.error != cudaSuccess ? launch.error : cudaLaunchKernelEx(&launch.config, kernel, params);
+  return AttributedLaunch(kernel, grid, block, smem_bytes, stream, cluster_attribute(cluster_size)).run(kernel, params);
 #endif
 }
 
