@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 import sys
 from pathlib import Path
 
 import emulator
 import numpy as np
-import persimmon_toolchain as toolchain
 import pytest
 import torch
+from ptx_library import PtxLibrary, devices
 
 sys.path.insert(0, str(Path(__file__).parent / "emu"))
 from cute import CUTE
 from sm90_cases import Box, wgmma_case
 
-SOURCES = [str(Path(__file__).with_name("ptx_sm90_wrappers.cu")), str(emulator.ROOT / "csrc/cuda/tensor_map.cu")]
+SOURCES = [Path(__file__).with_name("ptx_sm90_wrappers.cu"), emulator.ROOT / "csrc/cuda/tensor_map.cu"]
 BOX_ELEMENTS = 4096  # ptx_sm90_wrappers.cu
 
 
 def has_sm90() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-def build(device: str) -> Path:
-    library = emulator.ROOT / "build" / f"ptx_sm90_wrappers_{device}.so"
-    library.parent.mkdir(exist_ok=True)
-    if device == "cuda":
-        nvcc = toolchain.find_nvcc()
-        if nvcc is None:
-            pytest.skip("nvcc was not found")
-        architecture = "arch=compute_90a,code=sm_90a"
-        command = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-gencode", architecture]
-    else:
-        command = ["g++", "-x", "c++", *emulator.COMMON, *emulator.VARIANTS["plain"], "-shared"]
-        command += ["-isystem", str(emulator.cuda_include())]
-    subprocess.run([*command, f"-I{emulator.ROOT}", *SOURCES, "-o", str(library)], check=True)
-    return library
 
 
 class _TensorBox(ctypes.Structure):
@@ -48,48 +31,18 @@ class _TensorBox(ctypes.Structure):
     )  # fmt: skip
 
 
-class Wrappers:
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._library = ctypes.CDLL(str(build(device)))
-
-    def run(self, name: str, *arrays: np.ndarray, box: Box | None = None) -> None:
-        """Runs a case on up to four arrays, which then hold what it wrote. box: of array 0."""
-        tensors = [torch.from_numpy(array.view(np.uint8)).to(self.device) for array in arrays]
-        pointers = (ctypes.c_void_p * 4)(*(tensor.data_ptr() for tensor in tensors))
+class Wrappers(PtxLibrary):
+    def run_boxed(self, name: str, *arrays: np.ndarray, box: Box | None = None) -> None:
+        """box: of array 0."""
         tensor_box = None
         if box is not None:
-            tensor_box = _TensorBox(None, len(box.size), box.size, box.stride, box.box)
-        error = self._library.run_case(
-            name.encode(), pointers, None if tensor_box is None else ctypes.byref(tensor_box)
-        )
-        assert error == 0
-        for array, tensor in zip(arrays, tensors, strict=True):
-            array.view(np.uint8)[...] = tensor.cpu().numpy()
+            tensor_box = ctypes.byref(_TensorBox(None, len(box.size), box.size, box.stride, box.box))
+        self.run(name, *arrays, more=(tensor_box,))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(
-            "cpu",
-            marks=[
-                pytest.mark.emu,
-                pytest.mark.skipif(emulator.missing() is not None, reason=f"no emulator: {emulator.missing()}"),
-            ],
-            id="emu",
-        ),
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.cuda,
-                pytest.mark.skipif(not has_sm90(), reason="needs a CUDA device of compute capability 9.0"),
-            ],
-        ),
-    ],
-)
+@pytest.fixture(scope="module", params=devices(has_sm90(), "a CUDA device of compute capability 9.0"))
 def wrappers(request) -> Wrappers:
-    return Wrappers(request.param)
+    return Wrappers(request.param, SOURCES, "-gencode=arch=compute_90a,code=sm_90a")
 
 
 BOXES = [  # of 4,096 elements, inside and across every edge
@@ -112,7 +65,7 @@ def test_tma_load(wrappers, box):
     names = ["tma_load_2d", "tma_load_multicast"] if len(box.at) == 2 else [f"tma_load_{len(box.at)}d"]
     for name in names:
         loaded[...] = 7
-        wrappers.run(name, tensor, coordinates, loaded, box=box)
+        wrappers.run_boxed(name, tensor, coordinates, loaded, box=box)
         np.testing.assert_array_equal(loaded, expected)
 
 
@@ -122,7 +75,7 @@ def test_tma_store(wrappers, box):
     at, inside = box.elements()
     expected = tensor.copy()
     expected[at[inside]] = shared[box.places()][inside]
-    wrappers.run(f"tma_store_{len(box.at)}d", tensor, np.array(box.at, np.int32), shared, box=box)
+    wrappers.run_boxed(f"tma_store_{len(box.at)}d", tensor, np.array(box.at, np.int32), shared, box=box)
     np.testing.assert_array_equal(tensor, expected)
 
 
@@ -136,7 +89,9 @@ def test_wgmma(wrappers, columns, dtype, a, trans):
         b_layouts += ["mn_none", "mn_32", "mn_64", "mn_128_boxes"] if trans else ["k_none", "k_32", "k_64"]
     for b_layout in b_layouts:
         case = wgmma_case(columns, dtype, a_layout, b_layout)
-        wrappers.run(f"wgmma_{columns}_{dtype}_{a}{trans}", case.memory, case.descriptors, case.a_registers, case.d)
+        wrappers.run_boxed(
+            f"wgmma_{columns}_{dtype}_{a}{trans}", case.memory, case.descriptors, case.a_registers, case.d
+        )
         np.testing.assert_array_equal(case.d, case.expected)
 
 
@@ -145,13 +100,13 @@ def test_stmatrix(wrappers):
     registers = np.arange(1000, 1256, dtype=np.uint16).reshape(32, 8)
     element, rows = np.zeros(256, np.uint16), np.zeros(256, np.uint16)
     element[CUTE["ldmatrix_dst"]] = registers
-    wrappers.run("stmatrix", registers, rows)
+    wrappers.run_boxed("stmatrix", registers, rows)
     np.testing.assert_array_equal(rows, element[CUTE["ldmatrix_src"].reshape(-1)])
 
 
 def test_cluster(wrappers):
     out, threads = np.zeros((2, 2, 128), np.int32), np.arange(128)
-    wrappers.run("cluster", out)
+    wrappers.run_boxed("cluster", out)
     for rank in (0, 1):
         np.testing.assert_array_equal(out[rank, 0], 128 * (1 - rank) + (threads + 1) % 128)
         np.testing.assert_array_equal(out[rank, 1], 1000 + 128 * (1 - rank) + threads)
@@ -159,5 +114,5 @@ def test_cluster(wrappers):
 
 def test_registers_and_named_barriers(wrappers):
     out = np.zeros(128, np.int32)
-    wrappers.run("registers", out)
+    wrappers.run_boxed("registers", out)
     np.testing.assert_array_equal(out, np.arange(127, -1, -1))

@@ -1,5 +1,5 @@
 // Clusters, correct and with each mistake that must be found.
-#include "tests/emu/sm90_kernel.h"
+#include "tests/emu/sm90_ring.h"
 
 // ---- distributed shared memory ----
 
@@ -55,12 +55,6 @@ static void multicast_maps(Sm90Args& args) {
   args.b = map_matrix(args.array<char>(1), rows, k, 32);
 }
 
-constexpr int kStages = 3, kTileBytes = 64 * 64 * 2;
-
-struct Ring {
-  uint32_t a, b, full, empty;
-};
-
 // Each of the two blocks loads its own 64 rows of a, and half of b for both.
 static void produce(const Sm90Args& args, const Ring& ring, int num_tiles, int64_t mistake) {
   const int rank = ptx::cluster_rank();
@@ -98,28 +92,13 @@ static void consume(const Sm90Args& args, const Ring& ring, int num_tiles, int64
     }
   }
   const int64_t rows = args.numbers[1];
-  float* g_d = args.array<float>(2) + ptx::cluster_rank() * rows * rows;
-  for (int i = 0; i < 32; ++i) {
-    const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-    if (row < rows && column < rows) g_d[row * rows + column] = d[i];
-  }
+  store_sums(args.array<float>(2) + ptx::cluster_rank() * rows * rows, rows, d);
 }
 
-SM90_CASE(cluster_gemm, multicast_maps, 2, 256, 2, 2 * kStages * kTileBytes + 2 * kStages * 8) {
+SM90_CASE(cluster_gemm, multicast_maps, 2, 256, 2, kRingBytes) {
   const int64_t mistake = args.broken() ? args.numbers[0] : int64_t{kNone};
-  SMEM_CARVER(smem);
-  Ring ring{};
-  ring.a = ptx::smem_u32(smem.take<char>(kStages * kTileBytes, 1024));
-  ring.b = ptx::smem_u32(smem.take<char>(kStages * kTileBytes, 1024));
-  ring.full = ptx::smem_u32(smem.take<uint64_t>(2 * kStages));
-  ring.empty = ring.full + 8 * kStages;
-  if (threadIdx.x == 128) {
-    for (unsigned i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(ring.full + 8 * i, 1);
-      ptx::mbarrier_init(ring.empty + 8 * i, mistake == kWaitsForOwnBlock ? 1 : 2);
-    }
-    ptx::fence_mbarrier_init();
-  }
+  const Ring ring = take_ring(mistake == kWaitsForOwnBlock ? 1 : 2);
+  if (threadIdx.x == 128) ptx::fence_mbarrier_init();
   __syncthreads();
   if (mistake != kNoClusterBarrier) {
     ptx::cluster_arrive();

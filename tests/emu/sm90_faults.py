@@ -22,6 +22,7 @@ NO_PROXY_FENCE, OVERWRITTEN, NOT_WAITED, NO_STORE_COMMIT, READ_TOO_EARLY = range
 MISSING_PROXY_FENCE, DIFFERS, OUT_OF_BOUNDS, REGISTERS_REPLACED = range(1, 5)
 TOO_MANY, UP_IS_DOWN, ONE_WARP, TWO_NUMBERS, NO_MULTIPLE = range(1, 6)
 
+RING = r"at sm90_ring\.h:\d+"  # where the barriers of a product are made
 FLIGHT = rf"touches data in flight: byte \d+ of .*; the TMA load issued {AT} has not arrived"
 IN_FLIGHT = rf"wgmma {FLIGHT}; {AT}; {THREAD}"
 WAITS = r"deadlock; .*waits in mbarrier.try_wait"
@@ -47,8 +48,8 @@ FAULTS = {
         gemm(EARLY_RELEASE, IN_FLIGHT),
         gemm(NO_RELEASE, rf"{WAITS} \(phase 0: 1 of 1 arrivals and 0 bytes are missing\) {AT}"),
         gemm(FIRST_LAP_NOT_WAITED, rf"{WAITS} \(phase 0: 1 of 1 arrivals and 0 bytes are missing\) {AT}"),
-        gemm(NO_WAIT_FOR_EMPTY, rf"expect_tx: more arrivals on the mbarrier \(initialised {AT}\) than its count, 1"),
-        gemm(NO_FENCE_AFTER_INIT, rf"the init of its mbarrier {AT} was not followed by fence.mbarrier_init; {AT}"),
+        gemm(NO_WAIT_FOR_EMPTY, rf"expect_tx: more arrivals on the mbarrier \(initialised {RING}\) than its count, 1"),
+        gemm(NO_FENCE_AFTER_INIT, rf"the init of its mbarrier {RING} was not followed by fence.mbarrier_init; {AT}"),
         gemm(NO_COMMIT, IN_FLIGHT),
         gemm(LAST_GROUP_NOT_WAITED, rf"a thread has returned and not waited for its wgmma; {AT}; {THREAD}"),
         sm90("mbarrier_uninitialised", rf"mbarrier.arrive: the mbarrier at shared address 0x\w+ is not init.*{AT}"),

@@ -1,6 +1,6 @@
 // A small product as kernels for Hopper compute it, correct and with each mistake that must be found: a warpgroup loads
 // by TMA, another multiplies by wgmma, stages in a ring of mbarriers.
-#include "tests/emu/sm90_kernel.h"
+#include "tests/emu/sm90_ring.h"
 
 enum Mistake {
   kNone,
@@ -28,12 +28,6 @@ static void gemm_maps(Sm90Args& args) {
   args.a = map_matrix(args.array<char>(0), rows, k, 64);
   args.b = map_matrix(args.array<char>(1), rows, k, 64);
 }
-
-constexpr int kStages = 3, kTileBytes = 64 * 64 * 2;
-
-struct Ring {
-  uint32_t a, b, full, empty;
-};
 
 static void produce(const Sm90Args& args, const Ring& ring, int num_tiles, int64_t mistake) {
   for (int tile = 0; tile < num_tiles; ++tile) {
@@ -69,28 +63,13 @@ static void consume(const Sm90Args& args, const Ring& ring, int num_tiles, int64
       ptx::mbarrier_arrive(ring.empty + 8 * stage);
     }
   }
-  const int lane = static_cast<int>(threadIdx.x % 32), row = static_cast<int>(threadIdx.x / 32) * 16 + lane / 4;
-  for (int i = 0; i < 32; ++i) {
-    const int r = row + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    if (r < args.numbers[1] && column < args.numbers[1]) args.array<float>(2)[r * args.numbers[1] + column] = d[i];
-  }
+  store_sums(args.array<float>(2), args.numbers[1], d);
 }
 
-SM90_CASE(gemm, gemm_maps, 1, 256, 1, 2 * kStages * kTileBytes + 2 * kStages * 8) {
+SM90_CASE(gemm, gemm_maps, 1, 256, 1, kRingBytes) {
   const int64_t mistake = args.broken() ? args.numbers[0] : int64_t{kNone};
-  SMEM_CARVER(smem);
-  Ring ring{};
-  ring.a = ptx::smem_u32(smem.take<char>(kStages * kTileBytes, 1024));
-  ring.b = ptx::smem_u32(smem.take<char>(kStages * kTileBytes, 1024));
-  ring.full = ptx::smem_u32(smem.take<uint64_t>(2 * kStages));
-  ring.empty = ring.full + 8 * kStages;
-  if (threadIdx.x == 128) {
-    for (unsigned i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(ring.full + 8 * i, 1);
-      ptx::mbarrier_init(ring.empty + 8 * i, 1);
-    }
-    if (mistake != kNoFenceAfterInit) ptx::fence_mbarrier_init();
-  }
+  const Ring ring = take_ring(1);
+  if (threadIdx.x == 128 && mistake != kNoFenceAfterInit) ptx::fence_mbarrier_init();
   if (mistake != kNoBarrierAfterInit) __syncthreads();
   const int num_tiles = static_cast<int>((args.numbers[2] + 63) / 64);
   if (threadIdx.x >= 128) {
