@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from persimmon_fast import strict_json
-from persimmon_fast.config import download_hint
+from persimmon_fast.config_file import download_hint
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' codes
 

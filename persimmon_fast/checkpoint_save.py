@@ -33,7 +33,8 @@ from torch import Tensor
 
 from persimmon_fast.checkpoint_files import FLOAT_DTYPES, CheckpointMismatchError, CheckpointSaveError
 from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, expected_tensors
-from persimmon_fast.config import CONFIG_NAME, PersimmonConfig
+from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.config_file import CONFIG_NAME
 
 _OWNED = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

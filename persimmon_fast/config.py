@@ -12,24 +12,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import math
-import os
-import reprlib
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from persimmon_fast import strict_json
+from persimmon_fast.config_file import CONFIG_NAME, ConfigError, ConfigFile, describe, short
 from persimmon_fast.rope_scaling import RopeScalingError, check_rope_scaling
 
 if TYPE_CHECKING:
     import torch
     from typing_extensions import Self
 
-CONFIG_NAME = "config.json"
 TRAINED_ROPE_THETA = 25000.0  # Adept's; transformers 5 takes 10000 where a config names none
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
@@ -38,32 +32,9 @@ _MAX_POSITIONS = 2**24  # fp32 angles hold each integer position exactly up to h
 _MAX_LAYERS = 4096  # far above any model, small enough to list all tensor names
 _MAX_FLOAT32 = 3.4e38
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 100
-_short.maxlevel = 3
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be a Persimmon.
-
-    Attributes:
-        file: path of the file it came from, or None.
-        key: the offending key.
-        expected, found: the two halves of the message.
-    """
-
-    def __init__(self, key: str, expected: str, found: str, file: str | None = None) -> None:
-        self.key, self.expected, self.found, self.file = key, expected, found, file
-        where = f"{file}: " if file else ""
-        super().__init__(f"{where}{key}: expected {expected}, found {found}")
-
-    def in_file(self, file: str) -> ConfigError:
-        """The same error with the file named."""
-        return ConfigError(self.key, self.expected, self.found, file)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PersimmonConfig:
+class PersimmonConfig(ConfigFile):
     """Hyper-parameters of a Persimmon model; immutable, checked when made.
 
     Args:
@@ -165,10 +136,6 @@ class PersimmonConfig:
         assert isinstance(result, torch.dtype)
         return result
 
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, checked like a new one."""
-        return dataclasses.replace(self, **changes)
-
     # ---- checks ----
 
     def __post_init__(self) -> None:
@@ -199,14 +166,14 @@ class PersimmonConfig:
                 max_position_embeddings=self.max_position_embeddings,
             )
         except RopeScalingError as error:
-            raise ConfigError(f"rope_scaling{error.key}", error.expected, _short.repr(error.found)) from None
+            raise ConfigError(f"rope_scaling{error.key}", error.expected, short.repr(error.found)) from None
         self._set("rope_scaling", scaling)
 
     def _set(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)  # frozen: only __post_init__ may
 
     def _error(self, key: str, expected: str) -> ConfigError:
-        return ConfigError(key, expected, _describe(getattr(self, key)))
+        return ConfigError(key, expected, describe(getattr(self, key)))
 
     def _check_int(self, key: str, low: int, high: int) -> None:
         value = getattr(self, key)
@@ -262,14 +229,14 @@ class PersimmonConfig:
             raise self._error("extra", "a mapping of names to JSON values")
         taken = (_FIELD_NAMES | _ROPE_KEYS | {"model_type", "torch_dtype"}) & self.extra.keys()
         if taken:
-            raise ConfigError("extra", "names that are no field of the config", _short.repr(sorted(taken)))
+            raise ConfigError("extra", "names that are no field of the config", short.repr(sorted(taken)))
         for key, value in (("head_dim", self.head_dim), ("num_key_value_heads", self.num_attention_heads)):
             found = self.extra.get(key)
             if found is not None and (type(found) is not int or found != value):
-                raise ConfigError(key, f"{value}, which the other sizes imply", _describe(found))
+                raise ConfigError(key, f"{value}, which the other sizes imply", describe(found))
         if self.extra.get("quantization_config") is not None:
             expected = "none: quantised checkpoints are not supported"
-            raise ConfigError("quantization_config", expected, _describe(self.extra["quantization_config"]))
+            raise ConfigError("quantization_config", expected, describe(self.extra["quantization_config"]))
         self._set("extra", copy.deepcopy(dict(self.extra)))
 
     # ---- reading ----
@@ -287,7 +254,7 @@ class PersimmonConfig:
         values = dict(data)
         model_type = values.pop("model_type", None)
         if model_type not in (None, cls.model_type):
-            raise ConfigError("model_type", repr(cls.model_type), _describe(model_type))
+            raise ConfigError("model_type", repr(cls.model_type), describe(model_type))
         old_dtype = values.pop("torch_dtype", None)
         if values.get("dtype") is None:  # where both are given, transformers reads `dtype`
             values["dtype"] = old_dtype
@@ -311,36 +278,6 @@ class PersimmonConfig:
             )
         return config
 
-    @classmethod
-    def from_json_file(cls, path: str | os.PathLike[str]) -> Self:
-        """`from_dict` of a file. Errors name it.
-
-        Raises:
-            ConfigError: there is no such file, or it is not a JSON object, or `from_dict` refuses it.
-        """
-        file = os.fspath(path)
-        try:
-            return cls.from_dict(strict_json.read_object(file))
-        except strict_json.JSONFormatError as error:
-            raise ConfigError("file", error.expected, error.found, file) from None
-        except OSError as error:
-            raise ConfigError("file", "a readable file", error.strerror or type(error).__name__, file) from None
-        except ConfigError as error:
-            raise error.in_file(file) from None
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """The config of a checkpoint folder, `folder/config.json`.
-
-        Raises:
-            ConfigError: as `from_json_file`; a folder that does not exist gets a hint how to download one.
-        """
-        folder = os.fspath(folder)
-        if not os.path.isdir(folder):
-            found = f"{'a file' if os.path.exists(folder) else 'nothing'} there{download_hint(folder)}"
-            raise ConfigError("folder", f"a folder that holds {CONFIG_NAME}", found, folder)
-        return cls.from_json_file(os.path.join(folder, CONFIG_NAME))
-
     # ---- writing ----
 
     def to_dict(self) -> dict[str, Any]:
@@ -362,36 +299,10 @@ class PersimmonConfig:
             result["eos_token_id"] = list(self.eos_token_id)
         return result
 
-    def to_json_string(self) -> str:
-        """`to_dict` as indented JSON with sorted keys."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `folder/config.json`, making the folder; an existing file is replaced in one step."""
-        path = Path(folder) / CONFIG_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{CONFIG_NAME}.tmp-{os.getpid()}")
-        try:
-            temporary.write_text(self.to_json_string(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
 
 _FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonConfig)) - {"extra"}
 _ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 _ARCHITECTURES = ["PersimmonForCausalLM"]
-
-
-def download_hint(folder: str) -> str:
-    """What to add to "no such folder": how to get a model if `folder` looks like a name on the Hugging Face Hub."""
-    parts = folder.split("/")
-    if len(parts) != 2 or not all(parts) or parts[0].startswith("."):
-        return ""
-    return (
-        f"; is this a name on the Hugging Face Hub? Nothing is downloaded here: run `hf download {folder} "
-        f"--local-dir {parts[1]}` and give that folder"
-    )
 
 
 def _flatten_rope(named: Mapping[str, Any]) -> dict[str, Any]:
@@ -404,7 +315,7 @@ def _flatten_rope(named: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if not isinstance(value, Mapping):
-            raise ConfigError(source, "a mapping or null", _describe(value))
+            raise ConfigError(source, "a mapping or null", describe(value))
         rest = dict(value)
         for key in ("rope_theta", "partial_rotary_factor"):
             found[key].append((f"{source}.{key}", rest.pop(key, None)))
@@ -412,7 +323,7 @@ def _flatten_rope(named: Mapping[str, Any]) -> dict[str, Any]:
         if rest.setdefault("rope_type", old_type) is None:
             rest["rope_type"] = "default" if old_type is None else old_type
         if old_type not in (None, rest["rope_type"]):
-            raise ConfigError(f"{source}.type", f"rope_type = {_describe(rest['rope_type'])}", _describe(old_type))
+            raise ConfigError(f"{source}.type", f"rope_type = {describe(rest['rope_type'])}", describe(old_type))
         rest = {key: item for key, item in rest.items() if item is not None}
         if value:  # an empty mapping names nothing
             found["rope_scaling"].append((source, rest))
@@ -422,18 +333,10 @@ def _flatten_rope(named: Mapping[str, Any]) -> dict[str, Any]:
         for place, value in places[1:]:
             first_place, first = places[0]
             if value != first:
-                raise ConfigError(place, f"the same as {first_place} = {_short.repr(first)}", _describe(value))
+                raise ConfigError(place, f"the same as {first_place} = {short.repr(first)}", describe(value))
         if places:
             result[key] = places[0][1]
     return result
 
 
-def _describe(value: Any) -> str:
-    """A value as an error message shows it: short, with its type where the type is the news."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    try:
-        text = _short.repr(value)
-    except ValueError:  # an integer too long to print
-        text = "a huge number"
-    return text if isinstance(value, str) or value is None else f"{text} ({type(value).__name__})"
+__all__ = ["ConfigError", "PersimmonConfig"]
