@@ -21,6 +21,7 @@ from persimmon_fast.generation import GenerationMixin
 from persimmon_fast.generation_config import GenerationConfig
 from persimmon_fast.kv_cache import PackedBatch, PagedKVCache
 from persimmon_fast.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from persimmon_fast.packing import Packing, checked_seq_len
 from persimmon_fast.pretrained import PersimmonPreTrainedModel
 from persimmon_fast.rope import RotaryTable
 
@@ -37,6 +38,9 @@ def _input_norm(norm: nn.LayerNorm) -> _InputNorm:
 
 
 Block = Callable[[Tensor], Tensor]
+Projection = tuple[
+    Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor, float, int
+]
 
 
 class PersimmonAttention(nn.Module):
@@ -53,11 +57,10 @@ class PersimmonAttention(nn.Module):
         """x + attention(norm(x)); x [num_tokens, hidden_size]; kv: this layer's pages."""
         return self.bind(norm, batch, kv)(x)
 
-    def bind(self, norm: nn.LayerNorm, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Block:
-        """`forward` of x alone, as long as parameters, batch and pages are these."""
-        q_norm, k_norm, dense = self.q_layernorm, self.k_layernorm, (self.dense.weight, self.dense.bias)
-        input_norm = _input_norm(norm)
-        projection = (
+    def _projection(self, batch: PackedBatch) -> Projection:
+        """What `ops.qkv_norm_rope` takes behind x."""
+        q_norm, k_norm = self.q_layernorm, self.k_layernorm
+        return (
             self.query_key_value.weight,
             self.query_key_value.bias,
             q_norm.weight if q_norm is not None else None,
@@ -69,6 +72,10 @@ class PersimmonAttention(nn.Module):
             self.eps,
             self.num_heads,
         )
+
+    def bind(self, norm: nn.LayerNorm, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Block:
+        """`forward` of x alone, as long as parameters, batch and pages are these."""
+        dense, projection, input_norm = (self.dense.weight, self.dense.bias), self._projection(batch), _input_norm(norm)
         starts, seqlen = batch.cu_seqlens_q, batch.max_seqlen_q
         if kv is not None and batch.slots is not None:
             k_cache, v_cache, slots = *kv, batch.slots
@@ -179,15 +186,15 @@ class PersimmonModel(PersimmonPreTrainedModel):
         batch_size, seqlen, _ = embeds.shape
         cache = self._cache(embeds, past_key_values, use_cache)
         past = cache.num_columns if cache is not None else 0
-        lengths, kept = _packing(attention_mask, batch_size, seqlen, past)
+        packing = Packing.from_mask(attention_mask, batch_size, seqlen, past)
         if position_ids is None:
             positions, seq_len = torch.arange(past, past + seqlen, device=embeds.device).unsqueeze(0), past + seqlen
         else:
-            positions, seq_len = position_ids, _checked_seq_len(position_ids, batch_size, seqlen)
+            positions, seq_len = position_ids, checked_seq_len(position_ids, batch_size, seqlen)
         x, hidden_states = self.forward_packed(
-            _pack(embeds, kept),
-            _pack(positions.expand(batch_size, -1).contiguous(), kept),
-            lengths,
+            packing.pack(embeds),
+            packing.pack(positions.expand(batch_size, -1).contiguous()),
+            packing.lengths,
             seq_len,
             cache,
             output_hidden_states=output_hidden_states,
@@ -195,15 +202,10 @@ class PersimmonModel(PersimmonPreTrainedModel):
         if cache is not None:
             cache.num_columns += seqlen
 
-        def unpack(packed: Tensor) -> Tensor:
-            if kept is not None:
-                packed = packed.new_zeros(batch_size * seqlen, packed.shape[1]).index_copy(0, kept, packed)
-            return packed.view(batch_size, seqlen, -1)
-
         return BaseModelOutputWithPast(
-            last_hidden_state=unpack(x),
+            last_hidden_state=packing.unpack(x),
             past_key_values=cache,
-            hidden_states=tuple(unpack(h) for h in hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(packing.unpack(h) for h in hidden_states) if output_hidden_states else None,
         )
 
     def forward_packed(
@@ -360,41 +362,6 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
                 raise ValueError(f"labels must be {list(logits.shape[:2])} as the logits, got {list(labels.shape)}")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
-
-
-def _checked_seq_len(position_ids: Tensor, batch_size: int, seqlen: int) -> int:
-    """Largest position + 1, after checking shape and sign."""
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size) or position_ids.shape[1] != seqlen:
-        raise ValueError(
-            f"position_ids must be [batch_size={batch_size} or 1, seqlen={seqlen}], got {list(position_ids.shape)}"
-        )
-    if position_ids.numel() == 0:
-        return 0
-    low, high = position_ids.aminmax()
-    if int(low) < 0:
-        raise ValueError(f"position_ids must be >= 0, got {int(low)}")
-    return int(high) + 1
-
-
-def _packing(mask: Tensor | None, batch_size: int, seqlen: int, past: int) -> tuple[list[int], Tensor | None]:
-    """(tokens per sequence, indices of the real tokens in the flattened batch or None if all are real)."""
-    if mask is None:
-        return [seqlen] * batch_size, None
-    if mask.dim() != 2 or mask.shape[0] != batch_size or mask.shape[1] not in (seqlen, past + seqlen):
-        raise ValueError(
-            f"attention_mask must be [batch_size={batch_size}, seqlen={seqlen} or past + seqlen={past + seqlen}], "
-            f"got {list(mask.shape)}"
-        )
-    real = mask[:, mask.shape[1] - seqlen :].bool()
-    lengths = real.sum(1).tolist()
-    if all(n == seqlen for n in lengths):
-        return lengths, None
-    return lengths, real.flatten().nonzero().squeeze(1)
-
-
-def _pack(padded: Tensor, kept: Tensor | None) -> Tensor:
-    flat = padded.flatten(0, 1)
-    return flat if kept is None else flat[kept]
 
 
 __all__ = [
