@@ -212,6 +212,9 @@ def _check_tensors(
         name, also = wrong[0], f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         found = f"{list(files[name].headers[name].shape)}{also}"
         hint = "config.json and the weights belong to different models, or one of them is damaged."
+        other = config.replace(qk_layernorm_per_head=config.qk_layernorm and not config.qk_layernorm_per_head)
+        if files[name].headers[name].shape == expected_tensors(other).get(name):
+            hint = f"In config.json, set qk_layernorm_per_head to {str(other.qk_layernorm_per_head).lower()}."
         raise CheckpointMismatchError(files[name].path, name, f"shape {list(expected[name])}", found, hint)
     for name, file in files.items():
         stored = file.headers[name].dtype

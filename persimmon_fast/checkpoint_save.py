@@ -24,6 +24,7 @@ import secrets
 import shutil
 import stat
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -73,6 +74,12 @@ def save_checkpoint(
         OSError: the disk refuses. The folder is then as it was.
     """
     limit = _parse_size(max_shard_size)
+    if config.qk_layernorm_per_head:
+        warnings.warn(
+            "this model has a qk-layernorm per head (qk_layernorm_per_head), which transformers does not know: "
+            "persimmon_fast loads what is saved here, transformers refuses the shapes of q_layernorm and k_layernorm.",
+            stacklevel=3,
+        )
     target = Path(os.path.realpath(folder))
     tensors = _checked(target, config, tensors, heads or {})
     kept = _files_to_keep(target, overwrite)

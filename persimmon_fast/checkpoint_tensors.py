@@ -14,24 +14,24 @@ def expected_tensors(config: PersimmonConfig) -> dict[str, tuple[int, ...]]:
 
     `lm_head.weight` is listed even where it is tied and a file may leave it out. Linear weights are [out, in].
     """
-    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
-    linears = {
+    hidden, inner = config.hidden_size, config.intermediate_size
+    linears: dict[str, tuple[int, ...]] = {
         "self_attn.query_key_value": (3 * hidden, hidden),
         "self_attn.dense": (hidden, hidden),
         "mlp.dense_h_to_4h": (inner, hidden),
         "mlp.dense_4h_to_h": (hidden, inner),
     }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms: dict[str, tuple[int, ...]] = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     if config.qk_layernorm:
-        norms |= {"self_attn.q_layernorm": head_dim, "self_attn.k_layernorm": head_dim}
+        norms |= {f"self_attn.{x}_layernorm": config.qk_layernorm_shape for x in "qk"}
     result: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         for module, shape in linears.items():
             result[f"model.layers.{layer}.{module}.weight"] = shape
             result[f"model.layers.{layer}.{module}.bias"] = shape[:1]
-        for module, size in norms.items():
-            result[f"model.layers.{layer}.{module}.weight"] = (size,)
-            result[f"model.layers.{layer}.{module}.bias"] = (size,)
+        for module, shape in norms.items():
+            result[f"model.layers.{layer}.{module}.weight"] = shape
+            result[f"model.layers.{layer}.{module}.bias"] = shape
     result["model.final_layernorm.weight"] = (hidden,)
     result["model.final_layernorm.bias"] = (hidden,)
     result[HEAD] = (config.vocab_size, hidden)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ class PersimmonConfig(ConfigFile):
         use_cache: whether generation keeps keys and values.
         tie_word_embeddings: whether `lm_head` is the embedding.
         qk_layernorm: whether queries and keys pass a LayerNorm per head before rotary.
+        qk_layernorm_per_head: whether each head has its own weights of it; else a layer's heads share them.
         hidden_dropout, attention_dropout: probabilities in [0, 1], active in training alone.
         partial_rotary_factor: rotated fraction of a head, in (0, 1]; `rotary_dim` must come out even.
         rope_theta: base of the rotary frequencies, > 1.
@@ -80,6 +82,7 @@ class PersimmonConfig(ConfigFile):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     qk_layernorm: bool = True
+    qk_layernorm_per_head: bool = False
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
     partial_rotary_factor: float = 0.5
@@ -104,6 +107,11 @@ class PersimmonConfig(ConfigFile):
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
+    def qk_layernorm_shape(self) -> tuple[int, ...]:
+        """Shape of a weight or bias of qk_layernorm."""
+        return (self.num_attention_heads, self.head_dim) if self.qk_layernorm_per_head else (self.head_dim,)
+
+    @property
     def rope_type(self) -> str:
         """ "default" or the "rope_type" of `rope_scaling`."""
         return "default" if self.rope_scaling is None else str(self.rope_scaling["rope_type"])
@@ -119,7 +127,7 @@ class PersimmonConfig(ConfigFile):
     def num_parameters(self) -> int:
         """Parameters of the causal language model; a tied head counts once."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        norms = 4 * hidden + (4 * self.head_dim if self.qk_layernorm else 0)
+        norms = 4 * hidden + (4 * math.prod(self.qk_layernorm_shape) if self.qk_layernorm else 0)
         attention = 3 * hidden * hidden + 3 * hidden + hidden * hidden + hidden
         mlp = 2 * hidden * inner + inner + hidden
         tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * hidden
@@ -143,9 +151,11 @@ class PersimmonConfig(ConfigFile):
             self._check_int(key, 1, _MAX_INT32)
         self._check_int("num_hidden_layers", 1, _MAX_LAYERS)
         self._check_int("max_position_embeddings", 1, _MAX_POSITIONS)
-        for key in ("use_cache", "tie_word_embeddings", "qk_layernorm"):
+        for key in ("use_cache", "tie_word_embeddings", "qk_layernorm", "qk_layernorm_per_head"):
             if not isinstance(getattr(self, key), bool):
                 raise self._error(key, "true or false")
+        if self.qk_layernorm_per_head and not self.qk_layernorm:
+            raise self._error("qk_layernorm_per_head", "false, since qk_layernorm is false")
         if self.hidden_act != "relu2":
             raise self._error("hidden_act", "'relu2', the only activation of Persimmon")
         self._check_float("layer_norm_eps", "a finite number > 0", lambda x: 0 < x <= _MAX_FLOAT32)
@@ -288,6 +298,9 @@ class PersimmonConfig(ConfigFile):
         """
         result = {"architectures": list(_ARCHITECTURES), **copy.deepcopy(dict(self.extra))}
         result |= {key: getattr(self, key) for key in _FIELD_NAMES}
+        for key, default in _OWN_FIELDS.items():
+            if result[key] == default:
+                del result[key]
         result["model_type"] = self.model_type
         result["rope_scaling"] = copy.deepcopy(self.rope_scaling)
         result["rope_parameters"] = {
@@ -301,6 +314,7 @@ class PersimmonConfig(ConfigFile):
 
 
 _FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonConfig)) - {"extra"}
+_OWN_FIELDS = {"qk_layernorm_per_head": False}  # unknown to transformers: written only where they say something
 _ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 _ARCHITECTURES = ["PersimmonForCausalLM"]
 

@@ -43,6 +43,15 @@ Projection = tuple[
 ]
 
 
+class QKLayerNorm(nn.Module):
+    """The parameters of a LayerNorm over head_dim, one for all heads or one each: the ops apply it."""
+
+    def __init__(self, config: PersimmonConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.qk_layernorm_shape))
+        self.bias = nn.Parameter(torch.zeros(config.qk_layernorm_shape))
+
+
 class PersimmonAttention(nn.Module):
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -50,8 +59,8 @@ class PersimmonAttention(nn.Module):
         self.eps = config.layer_norm_eps
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.q_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
-        self.k_layernorm = nn.LayerNorm(config.head_dim, config.layer_norm_eps) if config.qk_layernorm else None
+        self.q_layernorm = QKLayerNorm(config) if config.qk_layernorm else None
+        self.k_layernorm = QKLayerNorm(config) if config.qk_layernorm else None
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Tensor:
         """x + attention(norm(x)); x [num_tokens, hidden_size]; kv: this layer's pages."""
