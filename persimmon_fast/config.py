@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from persimmon_fast.config_file import CONFIG_NAME, ConfigError, ConfigFile, describe, short
+from persimmon_fast.labels import PROBLEM_TYPES, check_labels
 from persimmon_fast.rope_scaling import RopeScalingError, check_rope_scaling
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class PersimmonConfig(ConfigFile):
         bos_token_id, pad_token_id: token ids below vocab_size, or None.
         eos_token_id: one id, several (kept as a tuple), or None. `eos_token_ids` is always a tuple.
         dtype: "float32", "float16", "bfloat16" or None; a torch.dtype is accepted. What "auto" loads.
+        num_labels, id2label, label2id: outputs of the classification classes and their names; what is None follows from
+            the others; of nothing, two labels.
+        problem_type: the loss of PersimmonForSequenceClassification, "regression", "single_label_classification" or
+            "multi_label_classification"; None: it follows from num_labels and the labels' dtype.
+        classifier_dropout: probability in [0, 1] of PersimmonForTokenClassification; None: hidden_dropout.
         extra: other keys of the JSON file, kept as they are. Treat it as read-only.
 
     Raises:
@@ -92,6 +98,11 @@ class PersimmonConfig(ConfigFile):
     eos_token_id: int | Sequence[int] | None = 2
     pad_token_id: int | None = None
     dtype: str | torch.dtype | None = None
+    num_labels: int | None = None
+    id2label: Mapping[int, str] | None = dataclasses.field(default=None, hash=False)
+    label2id: Mapping[str, int] | None = dataclasses.field(default=None, hash=False)
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     # ---- what follows from the fields ----
@@ -144,6 +155,15 @@ class PersimmonConfig(ConfigFile):
         assert isinstance(result, torch.dtype)
         return result
 
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked like a new one. Another number of labels drops their names, other
+        names set their number."""
+        if "id2label" in changes:
+            changes = {"num_labels": None, "label2id": None, **changes}
+        elif changes.get("num_labels", self.num_labels) != self.num_labels:
+            changes = {"id2label": None, "label2id": None, **changes}
+        return dataclasses.replace(self, **changes)
+
     # ---- checks ----
 
     def __post_init__(self) -> None:
@@ -167,6 +187,7 @@ class PersimmonConfig(ConfigFile):
         self._check_shape()
         self._check_token_ids()
         self._check_dtype()
+        self._check_classification()
         self._check_extra()
         try:
             scaling = check_rope_scaling(
@@ -233,6 +254,18 @@ class PersimmonConfig(ConfigFile):
         if name not in DTYPE_NAMES:
             raise self._error("dtype", f"one of {', '.join(DTYPE_NAMES)}, or null")
         self._set("dtype", name)
+
+    def _check_classification(self) -> None:
+        num_labels, id2label, label2id = check_labels(self.num_labels, self.id2label, self.label2id)
+        self._set("num_labels", num_labels)
+        self._set("id2label", id2label)
+        self._set("label2id", label2id)
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise self._error("problem_type", f"one of {', '.join(PROBLEM_TYPES)}, or null")
+        if self.problem_type == "single_label_classification" and num_labels == 1:
+            raise ConfigError("num_labels", "at least 2 for single_label_classification", "1")
+        if self.classifier_dropout is not None:
+            self._check_float("classifier_dropout", "a probability in [0, 1], or null", lambda x: 0 <= x <= 1)
 
     def _check_extra(self) -> None:
         if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
@@ -310,11 +343,23 @@ class PersimmonConfig(ConfigFile):
         }
         if isinstance(self.eos_token_id, tuple):
             result["eos_token_id"] = list(self.eos_token_id)
-        return result
+        result |= self._labels_to_dict()
+        return {key: value for key, value in result.items() if value is not None or key not in _CLASSIFICATION_KEYS}
+
+    def _labels_to_dict(self) -> dict[str, Any]:
+        """None for what is not written: the number, which is that of the names, and the names that stand for none."""
+        assert self.id2label is not None
+        assert self.label2id is not None
+        written: dict[str, Any] = dict.fromkeys(("num_labels", "id2label", "label2id"))
+        if (2, self.id2label, self.label2id) != check_labels(None, None, None):
+            written["id2label"] = {str(i): name for i, name in self.id2label.items()}
+            written["label2id"] = dict(self.label2id)
+        return written
 
 
 _FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonConfig)) - {"extra"}
 _OWN_FIELDS = {"qk_layernorm_per_head": False}  # unknown to transformers: written only where they say something
+_CLASSIFICATION_KEYS = frozenset({"num_labels", "id2label", "label2id", "problem_type", "classifier_dropout"})
 _ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 _ARCHITECTURES = ["PersimmonForCausalLM"]
 

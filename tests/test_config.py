@@ -140,7 +140,7 @@ def rope_config(name: str, fraction: float, theta: float = 25000.0) -> Persimmon
 @pytest.mark.parametrize("name", ROPE_SCALINGS)
 def test_round_trip_through_json_and_through_transformers(name: str, tmp_path: Path) -> None:
     fraction = 1.0 if name == "proportional" else 0.5
-    config = rope_config(name, fraction).replace(dtype="bfloat16", eos_token_id=[2, 3], extra={"id2label": {"0": "a"}})
+    config = rope_config(name, fraction).replace(dtype="bfloat16", eos_token_id=[2, 3], id2label={0: "a"})
     config.save_pretrained(tmp_path / "ours")
     assert PersimmonConfig.from_pretrained(tmp_path / "ours") == config
     theirs = transformers.PersimmonConfig.from_pretrained(tmp_path / "ours")
@@ -151,6 +151,52 @@ def test_round_trip_through_json_and_through_transformers(name: str, tmp_path: P
     back = PersimmonConfig.from_pretrained(tmp_path / "theirs")
     assert back.extra["transformers_version"] == transformers.__version__
     assert back.replace(extra=config.extra) == config
+
+
+def test_labels_agree_with_one_another() -> None:
+    assert PersimmonConfig().num_labels == 2
+    assert "id2label" not in PersimmonConfig().to_dict()
+    three = PersimmonConfig(num_labels=3)
+    assert three.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert three.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert three.replace(num_labels=5).label2id == PersimmonConfig(num_labels=5).label2id
+    named = PersimmonConfig(id2label={"1": "no", "0": "yes"})
+    assert named.num_labels == 2
+    assert named.label2id == {"yes": 0, "no": 1}
+    assert named.replace(vocab_size=9) == PersimmonConfig(id2label={0: "yes", 1: "no"}, vocab_size=9)
+    assert named.replace(num_labels=2) == named
+    assert named.replace(num_labels=3) == three
+    assert three.replace(id2label=named.id2label) == named
+    own_ids = PersimmonConfig(label2id={"x": 0, "y": "1"})
+    assert own_ids.label2id == {"x": 0, "y": 1}
+    for config in (three, named, own_ids, PersimmonConfig(num_labels=1, problem_type="regression")):
+        assert PersimmonConfig.from_dict(json.loads(config.to_json_string())) == config
+        theirs = transformers.PersimmonConfig(**config.to_dict())
+        assert (theirs.num_labels, theirs.id2label) == (config.num_labels, config.id2label)
+        assert theirs.problem_type == config.problem_type
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"num_labels": 0}, r"num_labels: expected an integer in \[1, 1048576\], found 0 \(int\)"),
+        (
+            {"num_labels": 3, "id2label": {0: "a"}},
+            r"id2label: expected num_labels = 3 names \(or none\), found 1 names",
+        ),
+        ({"id2label": {1: "a"}}, r"id2label: expected a mapping of the label ids 0, 1, ... to names, found \{1: 'a'\}"),
+        ({"id2label": {}}, "id2label: expected a mapping"),
+        ({"id2label": ["a"]}, "id2label: expected a mapping"),
+        ({"label2id": {"a": "b"}}, "label2id: expected a mapping of names to label ids"),
+        ({"label2id": {0: "a"}}, "label2id: expected a mapping of names to label ids"),
+        ({"problem_type": "ranking"}, "problem_type: expected one of regression, .*, found 'ranking'"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "num_labels: expected at least 2"),
+        ({"classifier_dropout": 1.5}, r"classifier_dropout: expected a probability in \[0, 1\], or null, found 1.5"),
+    ],
+)
+def test_wrong_labels_are_errors(values: dict, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        PersimmonConfig(**values)
 
 
 def test_reads_the_flat_layout_of_transformers_4() -> None:
