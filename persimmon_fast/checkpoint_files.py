@@ -158,7 +158,7 @@ def _listing(names: list[str]) -> str:
 
 def _weights_hint(names: list[str]) -> str:
     if "latest_checkpointed_iteration.txt" in names or any(re.fullmatch(r"iter_\d+|mp_rank_\d+", n) for n in names):
-        return "This is Adept's original release, which must be converted to the Hugging Face layout first."
+        return "This is Adept's original release: `persimmon-fast convert` makes a Hugging Face folder of it."
     if any(name.endswith(".gguf") for name in names):
         return "GGUF files are llama.cpp's; get the Hugging Face checkpoint."
     if any(name.startswith("adapter_model") for name in names):
@@ -269,11 +269,38 @@ class SafetensorsFile:
 
 # All that a pickled state_dict of dense tensors asks for. torch's own list for weights_only is longer, and some of it
 # (bytearray, UntypedStorage) lets a file allocate what it likes or pass uninitialised memory for weights.
-_PICKLE_GLOBALS = {"collections OrderedDict"} | {
+TENSOR_GLOBALS = {"collections OrderedDict"} | {
     *(f"torch._utils {name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")),
     *(f"torch {name}Storage" for name in ("Float", "Half", "BFloat16", "Double", "ComplexFloat", "Bool")),
     *(f"torch {name}Storage" for name in ("Long", "Int", "Short", "Char", "Byte")),
 }
+
+
+def pickle_globals(stream: IO[bytes]) -> list[str]:
+    """Reads one pickle without running it: the classes and functions that it names, as "module name", in order."""
+    return [str(argument) for opcode, argument, _ in pickletools.genops(stream) if opcode.name == "GLOBAL"]
+
+
+def zip_records(path: str, file: IO[bytes]) -> dict[str, tuple[int, int]]:
+    """Name -> (offset, bytes) of each record's data, each uncompressed, inside the file and named once."""
+    records: dict[str, tuple[int, int]] = {}
+    length = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            name = info.filename
+            if name in records:
+                raise CheckpointFileError(path, name, "each zip record once", "two of that name")
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+                raise CheckpointFileError(path, name, "an uncompressed zip record", "a compressed one")
+            file.seek(info.header_offset)
+            signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+            offset = info.header_offset + 30 + name_length + extra_length
+            if signature != b"PK\x03\x04" or offset + info.file_size > length:
+                raise CheckpointFileError(path, name, "the zip record inside the file", "it beyond the end")
+            if name.endswith(".pkl"):
+                archive.read(info)  # compares its CRC
+            records[name] = (offset, info.file_size)
+    return records
 
 
 class PickleFile:
@@ -320,12 +347,12 @@ class PickleFile:
         return tensor
 
     def _check_globals(self, stream: IO[bytes]) -> None:
-        """Reads one pickle without running it and refuses each class or function that tensors do not need."""
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name == "GLOBAL" and argument not in _PICKLE_GLOBALS:
-                found = f"one that asks for {shown(str(argument).replace(' ', '.'))}"
-                hint = "Nothing was executed. Save the plain state_dict(), better as safetensors."
-                raise CheckpointFileError(self.path, "pickle", "a pickle of tensors alone", found, hint)
+        """Refuses a pickle that names a class or function that tensors do not need."""
+        refused = [name for name in pickle_globals(stream) if name not in TENSOR_GLOBALS]
+        if refused:
+            found = f"one that asks for {shown(refused[0].replace(' ', '.'))}"
+            hint = "Nothing was executed. Save the plain state_dict(), better as safetensors."
+            raise CheckpointFileError(self.path, "pickle", "a pickle of tensors alone", found, hint)
 
     def _refusal(self, error: Exception) -> CheckpointFileError:
         text = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())
@@ -351,25 +378,14 @@ class PickleFile:
         return {name: value.detach() for name, value in content.items()}
 
     def _check_zip(self) -> set[tuple[int, int]]:
-        """(offset, bytes) of each record's data, each uncompressed, inside the file and named once."""
-        path, records, names = self.path, set(), set()
-        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-            for info in archive.infolist():
-                name = info.filename
-                if name in names:
-                    raise CheckpointFileError(path, name, "each zip record once", "two of that name")
-                if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-                    raise CheckpointFileError(path, name, "an uncompressed zip record", "a compressed one")
-                file.seek(info.header_offset)
-                signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
-                offset = info.header_offset + 30 + name_length + extra_length
-                if signature != b"PK\x03\x04" or offset + info.file_size > os.path.getsize(path):
-                    raise CheckpointFileError(path, name, "the zip record inside the file", "it beyond the end")
+        """(offset, bytes) of each record's data; no pickle among them asks for more than tensors."""
+        with open(self.path, "rb") as file:
+            records = zip_records(self.path, file)
+            for name, (offset, size) in records.items():
                 if name.endswith(".pkl"):
-                    self._check_globals(io.BytesIO(archive.read(info)))
-                names.add(name)
-                records.add((offset, info.file_size))
-        return records
+                    file.seek(offset)
+                    self._check_globals(io.BytesIO(file.read(size)))
+        return set(records.values())
 
     def _check_storages(self, records: set[tuple[int, int]]) -> None:
         """Every mapped storage must be exactly one record of the zip.

@@ -38,6 +38,7 @@ from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.config_file import CONFIG_NAME
 
 _OWNED = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+INDEX_NAME = "model.safetensors.index.json"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -73,7 +74,7 @@ def save_checkpoint(
         ValueError: max_shard_size cannot be understood.
         OSError: the disk refuses. The folder is then as it was.
     """
-    limit = _parse_size(max_shard_size)
+    limit = parse_size(max_shard_size)
     if config.qk_layernorm_per_head:
         warnings.warn(
             "this model has a qk-layernorm per head (qk_layernorm_per_head), which transformers does not know: "
@@ -96,22 +97,22 @@ def save_checkpoint(
         for name in kept:
             _link_or_copy(target / name, new / name)
         for path in (*new.iterdir(), new):
-            _flush(path)
+            flush(path)
         _take_name(new, target, [*kept, *_owned_files(target)])
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _flush(target.parent)
+    flush(target.parent)
 
 
-def _parse_size(size: int | str) -> int:
+def parse_size(size: int | str) -> int:
     if isinstance(size, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?B)\s*", size.upper())
         value = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     else:
         value = size if type(size) is int else 0
     if value < 1:
-        raise ValueError(f"save_checkpoint: max_shard_size must be bytes > 0 or such as '5GB', got {size!r}")
+        raise ValueError(f"max_shard_size must be bytes > 0 or such as '5GB', got {size!r}")
     return value
 
 
@@ -168,32 +169,43 @@ def _files_to_keep(target: Path, overwrite: bool) -> list[str]:
     return sorted(set(os.listdir(target)) - set(owned))
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, Tensor], limit: int, progress: bool) -> None:
+def plan_shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> names of its tensors, in order, each file at most `limit` bytes or one tensor; sizes in bytes."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > limit:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += tensor.nbytes
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def index_text(shards: Mapping[str, list[str]], total_parameters: int, total_size: int) -> str:
+    """The content of INDEX_NAME; the size is in bytes."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    metadata = {"total_parameters": total_parameters, "total_size": total_size}
+    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, Tensor], limit: int, progress: bool) -> None:
+    shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, limit)
     total = sum(tensor.nbytes for tensor in tensors.values())
 
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    weight_map: dict[str, str] = {}
     show = progress and sys.stderr.isatty()
     with tqdm(total=total, desc="Saving weights", unit="B", unit_scale=True, delay=1.0, disable=not show) as bar:
-        for number, names in enumerate(shards, start=1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        for file, names in shards.items():
             save_file(_as_stored({name: tensors[name] for name in names}), folder / file, metadata={"format": "pt"})
             (folder / file).chmod((folder / CONFIG_NAME).stat().st_mode)  # safetensors makes it for its owner alone
-            weight_map |= dict.fromkeys(names, file)
             bar.update(sum(tensors[name].nbytes for name in names))
     if len(shards) > 1:
         parameters = sum(tensor.numel() for tensor in tensors.values())
-        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / INDEX_NAME).write_text(index_text(shards, parameters, total))
 
 
 def _as_stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +228,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

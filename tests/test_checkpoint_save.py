@@ -217,7 +217,7 @@ def test_shard_sizes(size: int | str, count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, -1, "5", "GB", "0GB", "5 XB", 1.5, None])
 def test_shard_sizes_that_are_none(size: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"save_checkpoint: max_shard_size must be bytes > 0 or such as '5GB', got"):
+    with pytest.raises(ValueError, match=r"max_shard_size must be bytes > 0 or such as '5GB', got"):
         save_checkpoint(tmp_path / "a", TINY, random_tensors(TINY), max_shard_size=size)
 
 
