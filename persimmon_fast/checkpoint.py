@@ -272,7 +272,9 @@ def _name_hint(
 ) -> str:
     """What a person should do about these names, or ""."""
     if any("self_attention." in name or name.startswith("word_embeddings_for_head") for name in unexpected):
-        return "These are Adept's original names: rename the tensors to the Hugging Face layout."
+        return (
+            "These are Adept's original names: `persimmon-fast convert` makes a Hugging Face folder of its checkpoint."
+        )
     # A prefix that most of the unexpected names have where an expected one has "model." or nothing
     cores = {name.removeprefix("model.") for name in expected} | expected.keys()
     prefixes: Counter[str] = Counter()

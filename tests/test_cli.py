@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from persimmon_fast.cli import run\n"
-        "commands = [[], *([name] for name in ('generate', 'chat', 'info', 'sparsity', 'doctor'))]\n"
+        "commands = [[], *([name] for name in ('generate', 'chat', 'info', 'sparsity', 'convert', 'doctor'))]\n"
         "statuses = [run([*command, '--help']) for command in commands]\n"
         "heavy = {'torch', 'numpy', 'sentencepiece', 'safetensors', 'tqdm'} & set(sys.modules)\n"
         "sys.exit(f'{statuses} {heavy}' if any(statuses) or heavy else 0)"
@@ -45,7 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_every_option_explains_itself() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"generate", "chat", "info", "sparsity", "doctor"}
+    assert set(commands) == {"generate", "chat", "info", "sparsity", "convert", "doctor"}
     for name, command in commands.items():
         assert command.help, name
         for parameter in command.params:

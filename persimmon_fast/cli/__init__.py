@@ -1,4 +1,4 @@
-"""The command line: `persimmon-fast generate | chat | info | sparsity | doctor`, also `python -m persimmon_fast`.
+"""The command line: `persimmon-fast generate | chat | info | sparsity | convert | doctor` (`python -m persimmon_fast`).
 
 app.py declares commands and options, the modules named after a command do the work. Nothing heavy is imported before
 a command needs it, so that --help answers at once; text for people goes through rich, data (--json, pipes) does not.

@@ -337,6 +337,44 @@ def sparsity(
     return _Action(run, show_traceback)
 
 
+@app.command(epilog="Nothing in the pickles is executed. An interrupted conversion goes on when it is started again.")
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN",
+            help="Adept's release tar, the folder that it holds, or one model_optim_rng.pt; with --to adept: a folder "
+            "in the Hugging Face layout.",
+            show_default=False,
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A new or empty folder.", show_default=False)],
+    to: Annotated[
+        str, _option("--to", metavar="NAME", help="hf (default): the Hugging Face layout; adept: Adept's.")
+    ] = "hf",
+    md5: Annotated[
+        str | None,
+        _option("--md5", metavar="HEX", help="MD5 of the file IN. Default: the published one of a release tar's name."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, _option("--max-shard-size", metavar="SIZE", help="Of safetensors files: 5GB (default), 500MB, ...")
+    ] = "5GB",
+    tensor_parallel: Annotated[
+        int, _option("--tensor-parallel", metavar="N", help="With --to adept: split over N ranks. Default: 1.")
+    ] = 1,
+    quiet: Annotated[bool, _option("--quiet", "-q", help="Only warnings and errors.", panel=_OUTPUT)] = False,
+    show_traceback: Traceback = False,
+) -> _Action:
+    """Adept's original checkpoints to the Hugging Face layout, or back."""
+
+    def run() -> int:
+        from persimmon_fast.cli import convert
+
+        return convert.run(convert.Request(source, target, to, md5, max_shard_size, tensor_parallel, quiet))
+
+    return _Action(run, show_traceback)
+
+
 @app.command()
 def doctor(as_json: Json = False, show_traceback: Traceback = False) -> _Action:
     """Facts about this installation, and a check of every op against its reference."""
