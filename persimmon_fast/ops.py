@@ -26,6 +26,12 @@ from persimmon_fast.memory import to_neuron_major as to_neuron_major
 _FORCE_REFERENCE = os.environ.get("PERSIMMON_FAST_FORCE_REFERENCE", "0") not in ("", "0")
 MAX_HEAD_DIM = 128
 CUDA_HEAD_DIMS = (64, 128)
+# Those that this build has a CUDA kernel for. A constant: torch.compile can read it, but not ask the dispatcher.
+_CUDA_OPS = frozenset(
+    name.removeprefix("persimmon_fast::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("persimmon_fast::") and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+)
 _warned: set[str] = set()
 # Which kernels run: persimmon_fast, or in tests persimmon_fast_emu, the CUDA kernels on CPU tensors.
 _library = "persimmon_fast"
@@ -52,9 +58,7 @@ def _use_kernel(op: str, *tensors: Tensor | None, head_dim: int | None = None) -
             "pure-torch reference. Use torch.no_grad() where no gradient is needed."
         )
         return False
-    if device not in ("cpu", "meta") and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"{_library}::{op}", device.upper()
-    ):
+    if device not in ("cpu", "meta") and not (device == "cuda" and op in _CUDA_OPS):
         _warn_once(
             f"persimmon_fast.{op} has no {device} kernel in this build: it runs the slower pure-torch reference."
         )

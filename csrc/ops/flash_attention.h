@@ -30,8 +30,8 @@ inline void check_flash_attention(const at::Tensor& q, const at::Tensor& k, cons
 inline std::tuple<at::Tensor, at::Tensor> flash_attention_meta(const at::Tensor& q, const at::Tensor& k,
                                                                const at::Tensor& v, const at::Tensor& cu_seqlens_q,
                                                                const at::Tensor& cu_seqlens_k,
-                                                               const OptionalTensor& seqused_k, int64_t, int64_t,
-                                                               double, bool) {
+                                                               const OptionalTensor& seqused_k, c10::SymInt,
+                                                               c10::SymInt, double, bool) {
   check_flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k);
   return {at::empty_symint(q.sym_sizes(), q.options()),
           at::empty_symint({q.sym_size(1), q.sym_size(0)}, q.options().dtype(at::kFloat))};

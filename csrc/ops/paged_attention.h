@@ -31,7 +31,7 @@ inline void check_paged_attention(const at::Tensor& q, const at::Tensor& k_cache
 
 inline at::Tensor paged_attention_meta(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                                        const at::Tensor& page_table, const at::Tensor& cache_seqlens,
-                                       const at::Tensor& cu_seqlens_q, int64_t, double) {
+                                       const at::Tensor& cu_seqlens_q, c10::SymInt, double) {
   check_paged_attention(q, k_cache, v_cache, page_table, cache_seqlens, cu_seqlens_q);
   return at::empty_symint(q.sym_sizes(), q.options());
 }

@@ -30,11 +30,11 @@ inline void define_ops(torch::Library& m) {
 
   m.def(
       "flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,"
-      " Tensor? seqused_k, int max_seqlen_q, int max_seqlen_k, float softmax_scale, bool causal)"
+      " Tensor? seqused_k, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal)"
       " -> (Tensor out, Tensor softmax_lse)");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table,"
-      " Tensor cache_seqlens, Tensor cu_seqlens_q, int max_seqlen_q, float softmax_scale)"
+      " Tensor cache_seqlens, Tensor cu_seqlens_q, SymInt max_seqlen_q, float softmax_scale)"
       " -> Tensor");
 
   m.def("linear_residual(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor");

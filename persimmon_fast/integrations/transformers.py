@@ -1,0 +1,296 @@
+"""One line for Persimmon and Fuyu models of transformers: `apply_persimmon_fast(model)`.
+
+What changes: the forward of every attention and MLP of the instance, the attention implementation in its config, and
+the order in which the down-projections lie in memory. What does not: classes, parameters, hooks, caches, `generate`.
+`revert` undoes all of it.
+
+A layer runs our kernels where it is what they know: plain linear layers, one dtype, evaluation without gradients, a
+device and a head size with kernels. Where it is not, that layer, or that one linear layer, runs as transformers has it:
+quantised weights, adapters (PEFT), offloaded weights, autocast, training.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from persimmon_fast import ops
+from persimmon_fast.integrations import attention
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Kept in the __dict__ of what is patched, so that a deep copy of a model is a patched model that can be reverted.
+_ORIGINAL = "_persimmon_fast_original"  # of a module: the forward that its __dict__ held before, or None
+_ORIGINAL_ATTENTION = "_persimmon_fast_original_attention"  # of a backbone: the name of its attention before
+_warned: set[str] = set()
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def apply_persimmon_fast(model: Model) -> Model:
+    """Runs a Persimmon or Fuyu model of transformers on our kernels, in place.
+
+    Args:
+        model: PersimmonModel, PersimmonForCausalLM, PersimmonForSequenceClassification,
+            PersimmonForTokenClassification or a Fuyu class of transformers 4.57 or 5, or a module that holds one (a
+            PeftModel). Patching it twice changes nothing.
+    Returns:
+        the same object. No parameter is moved or copied, except that the weights of the down-projections are laid out
+        anew, one row per neuron (same shape, same values): their zeros can then be skipped.
+    Raises:
+        TypeError: it holds no Persimmon of transformers.
+        ImportError: transformers is not installed.
+    """
+    from transformers.models.persimmon import modeling_persimmon as hf
+
+    backbones = [module for module in model.modules() if isinstance(module, hf.PersimmonModel)]
+    if not backbones:
+        raise TypeError(
+            "apply_persimmon_fast: model must be, or hold, a Persimmon of transformers (PersimmonForCausalLM, "
+            f"FuyuForCausalLM, ...), got {type(model).__module__}.{type(model).__qualname__}. Classes of persimmon_fast "
+            "run the kernels without it."
+        )
+    attention.register()
+    for backbone in backbones:
+        if _ORIGINAL_ATTENTION not in backbone.__dict__:
+            setattr(backbone, _ORIGINAL_ATTENTION, backbone.config._attn_implementation)
+            backbone.config._attn_implementation = attention.NAME
+            for name in _masks_of_transformers_4(backbone):
+                backbone.__dict__[name] = functools.partial(_MASKS[name], backbone)
+    for module in model.modules():
+        if isinstance(module, hf.PersimmonAttention):
+            _rebind(module, _attention_forward)
+        elif isinstance(module, hf.PersimmonMLP) and type(module.act).__name__ == "ReLUSquaredActivation":
+            _rebind(module, _mlp_forward)
+            _lay_out(module, ops.to_neuron_major)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undoes `apply_persimmon_fast`, in place: forwards, attention implementation, memory order. Returns the model,
+    whose results are then bit for bit those of before. A model that is not patched stays as it is."""
+    for module in model.modules():
+        if _ORIGINAL_ATTENTION in module.__dict__:
+            before = module.__dict__.pop(_ORIGINAL_ATTENTION)
+            config: Any = module.config
+            if config._attn_implementation == attention.NAME:  # else somebody has chosen another one since
+                config._attn_implementation = before
+            for name in _masks_of_transformers_4(module):
+                del module.__dict__[name]
+        if _ORIGINAL in module.__dict__:
+            _unbind(module)
+            if hasattr(module, "dense_4h_to_h"):
+                _lay_out(module, Tensor.contiguous)
+    return model
+
+
+# ---- binding ----
+
+
+def _slot(module: nn.Module) -> str:
+    """The attribute that holds a module's innermost forward: hooks of accelerate wrap it and keep it elsewhere."""
+    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+
+
+def _rebind(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if _ORIGINAL in module.__dict__:
+        return
+    slot = _slot(module)
+    before = module.__dict__.get(slot)
+    is_class_forward = isinstance(before, types.MethodType) and before.__func__ is type(module).forward
+    module.__dict__[_ORIGINAL] = None if is_class_forward else before
+    module.__dict__[slot] = functools.partial(forward, module)
+
+
+def _unbind(module: nn.Module) -> None:
+    slot = _slot(module)
+    original = module.__dict__.pop(_ORIGINAL)
+    if original is not None:
+        module.__dict__[slot] = original
+    elif slot == "forward":
+        module.__dict__.pop(slot, None)
+    else:
+        module.__dict__[slot] = types.MethodType(type(module).forward, module)
+
+
+def _original(module: nn.Module) -> Callable[..., Any]:
+    original: Callable[..., Any] | None = module.__dict__.get(_ORIGINAL)
+    return original if original is not None else types.MethodType(type(module).forward, module)
+
+
+def _lay_out(mlp: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
+    """Sets the memory order of a plain down-projection; the parameter stays the object that an optimizer may hold."""
+    down: Any = mlp.dense_4h_to_h
+    if _is_plain(down) and not down.weight.is_meta:
+        with torch.no_grad():
+            down.weight.data = order(down.weight.data)
+
+
+# ---- what runs our kernels ----
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer is nothing but its weight and bias, which a fused kernel may then read itself."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and "forward" not in linear.__dict__  # a wrapper, as accelerate makes
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+    )
+
+
+def _are_plain(*linears: nn.Module) -> bool:
+    for linear in linears:
+        if not _is_plain(linear):
+            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            weight = getattr(linear, "weight", None)
+            if kind == "torch.nn.modules.linear.Linear" and type(weight) is not nn.Parameter:
+                kind += f" with a weight of type {type(weight).__name__}"
+            _warn_once(
+                f"apply_persimmon_fast: a {kind} is no plain nn.Linear (quantised, adapted, offloaded or hooked): it "
+                "is called as it is, and the kernels that would read its weights are not used around it."
+            )
+            return False
+    return True
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=6)
+
+
+def _runs_kernels(module: nn.Module, x: Tensor, head_dim: int) -> bool:
+    """Whether this call may leave transformers' own code: it is inference, in a dtype and on a device of ours."""
+    if module.training or x.dtype not in _KERNEL_DTYPES or torch.is_autocast_enabled(x.device.type):
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+        return False
+    return ops.has_kernels(x, head_dim)
+
+
+def _mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
+    up, down = module.dense_h_to_4h, module.dense_4h_to_h
+    if not (_runs_kernels(module, hidden_states, ops.MAX_HEAD_DIM) and _are_plain(up, down)):
+        return _original(module)(hidden_states)
+    if up.weight.dtype != hidden_states.dtype:
+        return _original(module)(hidden_states)
+    return ops.squared_relu_mlp(hidden_states, up.weight, up.bias, down.weight, down.bias)
+
+
+def _attention_forward(
+    module: Any,
+    hidden_states: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    norms = (module.q_layernorm, module.k_layernorm) if module.qk_layernorm else ()
+    if (
+        position_embeddings is None
+        or not _runs_kernels(module, hidden_states, module.head_dim)
+        or any(norm.weight.dtype != hidden_states.dtype for norm in norms)
+    ):
+        return _original(module)(
+            hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+    from transformers import AttentionInterface
+
+    batch_size, q_length, _ = hidden_states.shape
+    query, key, value = (
+        x.view(batch_size, q_length, module.num_heads, module.head_dim).transpose(1, 2)
+        for x in _project(module, hidden_states, position_embeddings)
+    )
+    cache_position = kwargs.pop("cache_position", None)
+    if past_key_values is not None:
+        # transformers 4 tells the cache where the keys go, transformers 5 lets it count
+        extra = () if cache_position is None else ({"cache_position": cache_position},)
+        key, value = past_key_values.update(key, value, module.layer_idx, *extra)
+    attend = AttentionInterface()[module.config._attn_implementation]
+    out, weights = attend(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs)
+    return module.dense(out.reshape(batch_size, q_length, -1)), weights
+
+
+def _project(module: Any, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """q, k, v [num_tokens, num_heads, head_dim]: projection, LayerNorm of q and k, rotary embedding."""
+    batch_size, q_length, hidden_size = hidden_states.shape
+    num_tokens = batch_size * q_length
+    x = hidden_states.reshape(num_tokens, hidden_size)
+    norm: tuple[Tensor | None, ...] = (None,) * 4
+    eps = 1e-5
+    if module.qk_layernorm:
+        q_norm, k_norm = module.q_layernorm, module.k_layernorm
+        norm, eps = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias), q_norm.eps
+    # Each half of transformers' cos and sin is the other half again. Its values are taken as they are, rounded to the
+    # model's dtype, so that every rope type and the numerics of transformers stay.
+    half = position_embeddings[0].shape[-1] // 2
+    cos_sin = torch.cat([table[..., :half].float() for table in position_embeddings], dim=-1)
+    cos_sin = cos_sin.expand(batch_size, -1, -1).reshape(num_tokens, 2 * half)
+    rows = torch.arange(num_tokens, device=x.device)
+    linear = module.query_key_value
+    if _are_plain(linear) and linear.weight.dtype == x.dtype:
+        return ops.qkv_norm_rope(x, linear.weight, linear.bias, *norm, cos_sin, rows, eps, module.num_heads)
+    q, k, v = linear(x).view(num_tokens, module.num_heads, 3, module.head_dim).unbind(2)
+    return (*ops.qk_norm_rope(q, k, *norm, cos_sin, rows, eps), v)
+
+
+# ---- masks of transformers 4, whose Persimmon makes them itself and asks no mask interface ----
+
+
+def _update_causal_mask(
+    backbone: Any,
+    attention_mask: Tensor | None,
+    input_tensor: Tensor,
+    cache_position: Tensor,
+    past_key_values: Any,
+    output_attentions: bool = False,
+) -> Tensor | None:
+    if backbone.config._attn_implementation != attention.NAME:
+        result: Tensor | None = type(backbone)._update_causal_mask(
+            backbone, attention_mask, input_tensor, cache_position, past_key_values, output_attentions
+        )
+        return result
+    from transformers.masking_utils import create_causal_mask
+
+    mask: Tensor | None = create_causal_mask(
+        config=backbone.config,
+        input_embeds=input_tensor,
+        attention_mask=attention_mask,
+        cache_position=cache_position,
+        past_key_values=past_key_values,
+    )
+    return mask
+
+
+def _static_cache_mask(backbone: Any, mask: Tensor | None, **kwargs: Any) -> Tensor | None:
+    if backbone.config._attn_implementation == attention.NAME and (mask is None or mask.dim() == 2):
+        return attention.attention_mask(
+            kwargs["batch_size"],
+            kv_length=kwargs["target_length"],
+            cache_position=kwargs["cache_position"],
+            attention_mask=None if mask is None else mask.bool(),
+        )
+    result: Tensor = type(backbone)._prepare_4d_causal_attention_mask_with_cache_position(mask, **kwargs)
+    return result
+
+
+_MASKS: dict[str, Callable[..., Tensor | None]] = {
+    "_update_causal_mask": _update_causal_mask,
+    "_prepare_4d_causal_attention_mask_with_cache_position": _static_cache_mask,
+}
+
+
+def _masks_of_transformers_4(backbone: nn.Module) -> list[str]:
+    return [name for name in _MASKS if hasattr(type(backbone), name)]
