@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from persimmon_fast.config import PersimmonConfig
     from persimmon_fast.generation import GenerateOutput
     from persimmon_fast.generation_config import GenerationConfig
+    from persimmon_fast.integrations.transformers import apply_persimmon_fast, revert
     from persimmon_fast.kv_cache import PagedKVCache
     from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
     from persimmon_fast.tokenizer import PersimmonTokenizer, TextStreamer
@@ -23,6 +24,7 @@ SMALL_MODEL = Path(__file__).parent / "assets" / "persimmon-small"
 """Folder of the small model that the package brings, trained on Python's standard library."""
 
 _HOME = {
+    "apply_persimmon_fast": "integrations.transformers",
     "CheckpointError": "checkpoint",
     "GenerateOutput": "generation",
     "GenerationConfig": "generation_config",
@@ -32,6 +34,7 @@ _HOME = {
     "PersimmonModel": "model",
     "PersimmonTokenizer": "tokenizer",
     "TextStreamer": "tokenizer",
+    "revert": "integrations.transformers",
 }
 
 __all__ = [
@@ -46,6 +49,8 @@ __all__ = [
     "PersimmonTokenizer",
     "TextStreamer",
     "__version__",
+    "apply_persimmon_fast",
+    "revert",
 ]
 
 

@@ -262,7 +262,8 @@ def _obstacle(model: GenerationMixin) -> str | None:
     """Why the steps of this model cannot be captured."""
     if model.model.rotary.depends_on_length:
         return f"the rotary table of rope type {model.config.rope_type} changes with the length of the sequence"
-    if not ops.has_kernels(model.lm_head.weight, model.config.head_dim):
+    decode_ops = ("qkv_norm_rope_paged", "paged_attention")
+    if not ops.has_kernels(model.lm_head.weight, *decode_ops, head_dim=model.config.head_dim):
         return "some ops run the pure-torch reference"
     modules = list(model.model.modules())
     if any(module._forward_hooks or module._forward_pre_hooks for module in modules):

@@ -48,36 +48,34 @@ def _warn_once(message: str) -> None:
 
 
 def _use_kernel(op: str, *tensors: Tensor | None, head_dim: int | None = None) -> bool:
-    """Whether `op` runs its kernel on these inputs (True) or the reference (False)."""
+    """Whether `op` runs its kernel on these inputs (True) or, with one warning per reason, the reference (False)."""
     if _FORCE_REFERENCE:
         return False
+    reason = _why_no_kernel(op, *tensors, head_dim=head_dim)
+    if reason:
+        _warn_once(f"persimmon_fast.{op} {reason}: it runs the slower pure-torch reference.")
+    return not reason
+
+
+def _why_no_kernel(op: str, *tensors: Tensor | None, head_dim: int | None = None) -> str:
+    """What keeps `op` from running its kernel on these inputs, or ""."""
     device = next(t for t in tensors if t is not None).device.type
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        _warn_once(
-            f"persimmon_fast.{op} has no backward kernel yet: inputs that require gradients run the slower "
-            "pure-torch reference. Use torch.no_grad() where no gradient is needed."
-        )
-        return False
+        return "has no backward kernel yet and an input requires gradients (torch.no_grad() where none is needed)"
     if device not in ("cpu", "meta") and not (device == "cuda" and op in _CUDA_OPS):
-        _warn_once(
-            f"persimmon_fast.{op} has no {device} kernel in this build: it runs the slower pure-torch reference."
-        )
-        return False
+        return f"has no {device} kernel in this build"
     on_cuda = device == "cuda" or _library != "persimmon_fast"
     if head_dim is not None and (
         head_dim not in CUDA_HEAD_DIMS if on_cuda else head_dim % 8 != 0 or head_dim > MAX_HEAD_DIM
     ):
         taken = f"{CUDA_HEAD_DIMS} on CUDA" if on_cuda else f"multiples of 8 up to {MAX_HEAD_DIM}"
-        _warn_once(
-            f"persimmon_fast.{op}: head_dim {head_dim} runs the slower pure-torch reference; the kernels take {taken}."
-        )
-        return False
-    return True
+        return f"has kernels for a head_dim of {taken}, not of {head_dim}"
+    return ""
 
 
-def has_kernels(like: Tensor, head_dim: int) -> bool:
-    """Whether every op of a decode step runs its kernel on tensors of the device of `like`, with heads of this size."""
-    return all(_use_kernel(op, like, head_dim=head_dim) for op in ("qkv_norm_rope_paged", "paged_attention"))
+def has_kernels(like: Tensor, *names: str, head_dim: int | None = None) -> bool:
+    """Whether all these ops run their kernels on tensors of the device of `like`, with heads of this size."""
+    return not _FORCE_REFERENCE and not any(_why_no_kernel(name, like, head_dim=head_dim) for name in names)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -38,6 +38,16 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, attention_mask)
 
 
+def implementation(name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that transformers' Persimmon calls for the attention implementation `name`."""
+    from transformers import AttentionInterface
+    from transformers.models.persimmon.modeling_persimmon import eager_attention_forward
+
+    result: Callable[..., tuple[Tensor, Tensor | None]]
+    result = eager_attention_forward if name == "eager" else AttentionInterface()[name]
+    return result
+
+
 def attention_mask(
     batch_size: int,
     *,
@@ -127,7 +137,7 @@ def attention(
         and dropout == 0.0
         and not kwargs.get("output_attentions")
         and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        and ops.has_kernels(query, query.shape[-1])
+        and ops.has_kernels(query, "flash_attention", "paged_attention", head_dim=query.shape[-1])
         and query.dtype == key.dtype
         and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
     )
@@ -170,26 +180,17 @@ def _torch_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers itself would do: "eager" where the weights are asked for, else "sdpa"."""
-    from transformers import AttentionInterface
-
     if is_key_ranges(mask):
         assert mask is not None
         mask = _dense(mask, query.shape[2], key.shape[2])
     if not kwargs.pop("output_attentions", False):
-        out, _ = AttentionInterface()["sdpa"](
-            module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs
-        )
-        return out, None
-    from transformers.models.persimmon.modeling_persimmon import eager_attention_forward
-
+        return implementation("sdpa")(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
     if mask is None:
-        mask = _dense(key_ranges(query.shape[0], query.shape[2], key.shape[2], query.device), *key.shape[2:3] * 2)
+        q_length = query.shape[2]
+        mask = _dense(key_ranges(query.shape[0], q_length, q_length, query.device), q_length, q_length)
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    result: tuple[Tensor, Tensor] = eager_attention_forward(
-        module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs
-    )
-    return result
+    return implementation("eager")(module, query, key, value, mask, scaling=scale, dropout=dropout, **kwargs)
 
 
 def _dense(ranges: Tensor, q_length: int, kv_length: int) -> Tensor:

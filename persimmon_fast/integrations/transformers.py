@@ -48,12 +48,13 @@ def apply_persimmon_fast(model: Model) -> Model:
     """
     from transformers.models.persimmon import modeling_persimmon as hf
 
-    backbones = [module for module in model.modules() if isinstance(module, hf.PersimmonModel)]
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    backbones = [module for module in modules if isinstance(module, hf.PersimmonModel)]
     if not backbones:
         raise TypeError(
             "apply_persimmon_fast: model must be, or hold, a Persimmon of transformers (PersimmonForCausalLM, "
-            f"FuyuForCausalLM, ...), got {type(model).__module__}.{type(model).__qualname__}. Classes of persimmon_fast "
-            "run the kernels without it."
+            f"FuyuForCausalLM, ...), got {type(model).__module__}.{type(model).__qualname__}. Classes of "
+            "persimmon_fast run the kernels without it."
         )
     attention.register()
     for backbone in backbones:
@@ -62,7 +63,7 @@ def apply_persimmon_fast(model: Model) -> Model:
             backbone.config._attn_implementation = attention.NAME
             for name in _masks_of_transformers_4(backbone):
                 backbone.__dict__[name] = functools.partial(_MASKS[name], backbone)
-    for module in model.modules():
+    for module in modules:
         if isinstance(module, hf.PersimmonAttention):
             _rebind(module, _attention_forward)
         elif isinstance(module, hf.PersimmonMLP) and type(module.act).__name__ == "ReLUSquaredActivation":
@@ -118,9 +119,9 @@ def _unbind(module: nn.Module) -> None:
         module.__dict__[slot] = types.MethodType(type(module).forward, module)
 
 
-def _original(module: nn.Module) -> Callable[..., Any]:
-    original: Callable[..., Any] | None = module.__dict__.get(_ORIGINAL)
-    return original if original is not None else types.MethodType(type(module).forward, module)
+def _call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    original = module.__dict__[_ORIGINAL]
+    return type(module).forward(module, *args, **kwargs) if original is None else original(*args, **kwargs)
 
 
 def _lay_out(mlp: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
@@ -166,21 +167,27 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=6)
 
 
-def _runs_kernels(module: nn.Module, x: Tensor, head_dim: int) -> bool:
-    """Whether this call may leave transformers' own code: it is inference, in a dtype and on a device of ours."""
+def _is_inference(module: nn.Module, x: Tensor) -> bool:
+    """Whether this call may leave transformers' own code: no gradient is recorded, the dtype is one of ours."""
     if module.training or x.dtype not in _KERNEL_DTYPES or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
-        return False
-    return ops.has_kernels(x, head_dim)
+    return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
+
+
+def _is_like(weight: Tensor, x: Tensor) -> bool:
+    return weight.dtype == x.dtype and weight.device == x.device
 
 
 def _mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
     up, down = module.dense_h_to_4h, module.dense_4h_to_h
-    if not (_runs_kernels(module, hidden_states, ops.MAX_HEAD_DIM) and _are_plain(up, down)):
-        return _original(module)(hidden_states)
-    if up.weight.dtype != hidden_states.dtype:
-        return _original(module)(hidden_states)
+    if not (
+        _is_inference(module, hidden_states)
+        and ops.has_kernels(hidden_states, "squared_relu_mlp")
+        and _are_plain(up, down)
+        and _is_like(up.weight, hidden_states)
+        and _is_like(down.weight, hidden_states)
+    ):
+        return _call_original(module, hidden_states)
     return ops.squared_relu_mlp(hidden_states, up.weight, up.bias, down.weight, down.bias)
 
 
@@ -196,18 +203,18 @@ def _attention_forward(
     norms = (module.q_layernorm, module.k_layernorm) if module.qk_layernorm else ()
     if (
         position_embeddings is None
-        or not _runs_kernels(module, hidden_states, module.head_dim)
-        or any(norm.weight.dtype != hidden_states.dtype for norm in norms)
+        or not _is_inference(module, hidden_states)
+        or not ops.has_kernels(hidden_states, "qkv_norm_rope", "qk_norm_rope", head_dim=module.head_dim)
+        or not all(_is_like(norm.weight, hidden_states) for norm in norms)
     ):
-        return _original(module)(
+        return _call_original(
+            module,
             hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_embeddings=position_embeddings,
             **kwargs,
         )
-    from transformers import AttentionInterface
-
     batch_size, q_length, _ = hidden_states.shape
     query, key, value = (
         x.view(batch_size, q_length, module.num_heads, module.head_dim).transpose(1, 2)
@@ -218,7 +225,7 @@ def _attention_forward(
         # transformers 4 tells the cache where the keys go, transformers 5 lets it count
         extra = () if cache_position is None else ({"cache_position": cache_position},)
         key, value = past_key_values.update(key, value, module.layer_idx, *extra)
-    attend = AttentionInterface()[module.config._attn_implementation]
+    attend = attention.implementation(module.config._attn_implementation)
     out, weights = attend(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, **kwargs)
     return module.dense(out.reshape(batch_size, q_length, -1)), weights
 
@@ -228,11 +235,11 @@ def _project(module: Any, hidden_states: Tensor, position_embeddings: tuple[Tens
     batch_size, q_length, hidden_size = hidden_states.shape
     num_tokens = batch_size * q_length
     x = hidden_states.reshape(num_tokens, hidden_size)
-    norm: tuple[Tensor | None, ...] = (None,) * 4
+    q_weight = q_bias = k_weight = k_bias = None
     eps = 1e-5
     if module.qk_layernorm:
         q_norm, k_norm = module.q_layernorm, module.k_layernorm
-        norm, eps = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias), q_norm.eps
+        q_weight, q_bias, k_weight, k_bias, eps = q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias, q_norm.eps
     # Each half of transformers' cos and sin is the other half again. Its values are taken as they are, rounded to the
     # model's dtype, so that every rope type and the numerics of transformers stay.
     half = position_embeddings[0].shape[-1] // 2
@@ -240,10 +247,12 @@ def _project(module: Any, hidden_states: Tensor, position_embeddings: tuple[Tens
     cos_sin = cos_sin.expand(batch_size, -1, -1).reshape(num_tokens, 2 * half)
     rows = torch.arange(num_tokens, device=x.device)
     linear = module.query_key_value
-    if _are_plain(linear) and linear.weight.dtype == x.dtype:
-        return ops.qkv_norm_rope(x, linear.weight, linear.bias, *norm, cos_sin, rows, eps, module.num_heads)
+    if _are_plain(linear) and _is_like(linear.weight, x):
+        return ops.qkv_norm_rope(
+            x, linear.weight, linear.bias, q_weight, q_bias, k_weight, k_bias, cos_sin, rows, eps, module.num_heads
+        )
     q, k, v = linear(x).view(num_tokens, module.num_heads, 3, module.head_dim).unbind(2)
-    return (*ops.qk_norm_rope(q, k, *norm, cos_sin, rows, eps), v)
+    return (*ops.qk_norm_rope(q, k, q_weight, q_bias, k_weight, k_bias, cos_sin, rows, eps), v)
 
 
 # ---- masks of transformers 4, whose Persimmon makes them itself and asks no mask interface ----
