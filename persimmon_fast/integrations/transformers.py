@@ -266,33 +266,38 @@ def _update_causal_mask(
     past_key_values: Any,
     output_attentions: bool = False,
 ) -> Tensor | None:
-    if backbone.config._attn_implementation != attention.NAME:
-        result: Tensor | None = type(backbone)._update_causal_mask(
-            backbone, attention_mask, input_tensor, cache_position, past_key_values, output_attentions
-        )
-        return result
-    from transformers.masking_utils import create_causal_mask
+    mask: Tensor | None
+    if backbone.config._attn_implementation == attention.NAME:
+        from transformers.masking_utils import create_causal_mask
 
-    mask: Tensor | None = create_causal_mask(
-        config=backbone.config,
-        input_embeds=input_tensor,
-        attention_mask=attention_mask,
-        cache_position=cache_position,
-        past_key_values=past_key_values,
+        mask = create_causal_mask(
+            config=backbone.config,
+            input_embeds=input_tensor,
+            attention_mask=attention_mask,
+            cache_position=cache_position,
+            past_key_values=past_key_values,
+        )
+        if mask is None or attention.is_key_ranges(mask):
+            return mask
+    # Padding: its own mask, in which a row of padding sees something, not nothing as in transformers 5.
+    mask = type(backbone)._update_causal_mask(
+        backbone, attention_mask, input_tensor, cache_position, past_key_values, output_attentions
     )
     return mask
 
 
-def _static_cache_mask(backbone: Any, mask: Tensor | None, **kwargs: Any) -> Tensor | None:
-    if backbone.config._attn_implementation == attention.NAME and (mask is None or mask.dim() == 2):
-        return attention.attention_mask(
+def _static_cache_mask(backbone: Any, given: Tensor | None, **kwargs: Any) -> Tensor | None:
+    if backbone.config._attn_implementation == attention.NAME and (given is None or given.dim() == 2):
+        mask = attention.attention_mask(
             kwargs["batch_size"],
             kv_length=kwargs["target_length"],
             cache_position=kwargs["cache_position"],
-            attention_mask=None if mask is None else mask.bool(),
+            attention_mask=None if given is None else given.bool(),
         )
-    result: Tensor = type(backbone)._prepare_4d_causal_attention_mask_with_cache_position(mask, **kwargs)
-    return result
+        if mask is None or attention.is_key_ranges(mask):
+            return mask
+    mask = type(backbone)._prepare_4d_causal_attention_mask_with_cache_position(given, **kwargs)
+    return mask
 
 
 _MASKS: dict[str, Callable[..., Tensor | None]] = {
