@@ -16,7 +16,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,11 +34,16 @@ from persimmon_fast.checkpoint_files import (
     shown,
 )
 from persimmon_fast.checkpoint_save import save_checkpoint
-from persimmon_fast.checkpoint_tensors import DOWN_PROJECTION, EMBEDDING, HEAD, expected_tensors
+from persimmon_fast.checkpoint_tensors import (
+    DOWN_PROJECTION,
+    EMBEDDING,
+    HEAD,
+    ModelConfig,
+    expected_tensors,
+    names_in_files,
+    text_prefix,
+)
 from persimmon_fast.memory import to_neuron_major, use_huge_pages
-
-if TYPE_CHECKING:
-    from persimmon_fast.config import PersimmonConfig
 
 __all__ = [
     "CheckpointError",
@@ -60,7 +64,7 @@ _FINITE_CHUNK = 2**24  # elements looked at at once
 
 def load_checkpoint(
     folder: str | os.PathLike[str],
-    config: PersimmonConfig,
+    config: ModelConfig,
     *,
     dtype: torch.dtype | str | None = "auto",
     device: torch.device | str = "cpu",
@@ -96,25 +100,33 @@ def load_checkpoint(
     folder = os.fspath(folder)
     files = open_checkpoint(folder)
     expected = expected_tensors(config) | {name: tuple(shape) for name, shape in (heads or {}).items()}
-    files = {name: file for name, file in files.items() if name in expected or not HARMLESS_EXTRAS.search(name)}
-    _check_tensors(folder, config, files, expected)
-    target = _target_dtype(dtype, config, files)
-    if config.tie_word_embeddings and HEAD in files:
-        _check_tied_head(files)
-    names = [name for name in expected if name in files]
+    stored = {name: _name_in(files, names_in_files(config, name)) for name in expected}
+    shapes = {stored[name]: shape for name, shape in expected.items()}
+    files = {name: file for name, file in files.items() if name in shapes or not HARMLESS_EXTRAS.search(name)}
+    _check_tensors(folder, config, files, shapes)
+    embedding, head = (stored[text_prefix(config) + name] for name in (EMBEDDING, HEAD))
+    target = _target_dtype(dtype, config, files[embedding].headers[embedding].dtype)
+    if config.get_text_config().tie_word_embeddings and head in files:
+        _check_tied_head(files, embedding, head)
+    stored = {name: in_file for name, in_file in stored.items() if in_file in files}
 
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    sizes = {name: _num_bytes(files[name], name) for name in names}
+    sizes = {name: _num_bytes(files[name], name) for name in stored.values()}
     show = progress and sys.stderr.isatty()
     tensors = {}
     with tqdm(
         total=sum(sizes.values()), desc="Loading weights", unit="B", unit_scale=True, delay=1.0, disable=not show
     ) as bar:
-        for name in names:
-            tensors[name] = _load_tensor(files[name], name, target, torch.device(device), check_finite)
-            bar.update(sizes[name])
+        for name, in_file in stored.items():
+            tensors[name] = _load_tensor(files[in_file], in_file, target, torch.device(device), check_finite)
+            bar.update(sizes[in_file])
     return tensors
+
+
+def _name_in(files: Mapping[str, WeightFile], names: Sequence[str]) -> str:
+    """The first of these names that the files have, else the first. A second one in them is then unexpected."""
+    return next((name for name in names if name in files), names[0])
 
 
 def _load_tensor(
@@ -142,10 +154,10 @@ def _num_bytes(file: WeightFile, name: str) -> int:
 
 
 def _target_dtype(
-    dtype: torch.dtype | str | None, config: PersimmonConfig, files: Mapping[str, WeightFile]
+    dtype: torch.dtype | str | None, config: ModelConfig, stored: torch.dtype | str
 ) -> torch.dtype | None:
+    """`stored`: the dtype of the embedding in its file."""
     if dtype == "auto":
-        stored = files[EMBEDDING].headers[EMBEDDING].dtype
         assert isinstance(stored, torch.dtype)
         return config.torch_dtype or stored
     if isinstance(dtype, str):
@@ -156,14 +168,14 @@ def _target_dtype(
     return dtype
 
 
-def _check_tied_head(files: dict[str, WeightFile]) -> None:
+def _check_tied_head(files: dict[str, WeightFile], embedding: str, head: str) -> None:
     """A tied checkpoint may hold the head twice, but not two different ones."""
-    embedding, head = files[EMBEDDING], files.pop(HEAD)
-    if not torch.equal(embedding.view(EMBEDDING), head.read(HEAD)):
+    file = files.pop(head)
+    if not torch.equal(files[embedding].view(embedding), file.read(head)):
         raise CheckpointMismatchError(
-            head.path,
-            HEAD,
-            f"the same values as {EMBEDDING}, since tie_word_embeddings is true",
+            file.path,
+            head,
+            f"the same values as {embedding}, since tie_word_embeddings is true",
             "other values",
             "Set tie_word_embeddings to false in config.json to use both.",
         )
@@ -198,12 +210,13 @@ def _check_finite(file: WeightFile, name: str, tensor: Tensor) -> None:
 
 def _check_tensors(
     folder: str,
-    config: PersimmonConfig,
+    config: ModelConfig,
     files: Mapping[str, WeightFile],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Names, then shapes, then dtypes, each against what the config implies."""
-    missing = [name for name in expected if name not in files and not (name == HEAD and config.tie_word_embeddings)]
+    tied = config.get_text_config().tie_word_embeddings
+    missing = [name for name in expected if name not in files and not (tied and name.endswith(HEAD))]
     unexpected = [name for name in files if name not in expected]
     if missing or unexpected:
         raise _name_error(folder, config, files, missing, unexpected, expected)
@@ -212,8 +225,9 @@ def _check_tensors(
         name, also = wrong[0], f" (and {len(wrong) - 1} more tensors)" if len(wrong) > 1 else ""
         found = f"{list(files[name].headers[name].shape)}{also}"
         hint = "config.json and the weights belong to different models, or one of them is damaged."
-        other = config.replace(qk_layernorm_per_head=config.qk_layernorm and not config.qk_layernorm_per_head)
-        if files[name].headers[name].shape == expected_tensors(other).get(name):
+        text = config.get_text_config()
+        other = text.replace(qk_layernorm_per_head=text.qk_layernorm and not text.qk_layernorm_per_head)
+        if re.search(r"\.[qk]_layernorm\.", name) and files[name].headers[name].shape == other.qk_layernorm_shape:
             hint = f"In config.json, set qk_layernorm_per_head to {str(other.qk_layernorm_per_head).lower()}."
         raise CheckpointMismatchError(files[name].path, name, f"shape {list(expected[name])}", found, hint)
     for name, file in files.items():
@@ -225,7 +239,7 @@ def _check_tensors(
 
 def _name_error(
     folder: str,
-    config: PersimmonConfig,
+    config: ModelConfig,
     files: Mapping[str, WeightFile],
     missing: list[str],
     unexpected: list[str],
@@ -242,10 +256,11 @@ def _name_error(
         parts.append(f"{len(unexpected)} unexpected ({_some(named, len(unexpected))})")
     paths = {files[name].path for name in unexpected} or {file.path for file in files.values()}
     where = paths.pop() if len(paths) == 1 else folder
+    num_layers = config.get_text_config().num_hidden_layers
     return CheckpointMismatchError(
         where,
         "tensor names",
-        f"the {len(expected)} of a Persimmon with {config.num_hidden_layers} layers",
+        f"the {len(expected)} of a {config.model_type.capitalize()} with {num_layers} layers",
         " and ".join(parts),
         _name_hint(config, missing, unexpected, expected),
     )
@@ -260,15 +275,15 @@ _FOREIGN_PREFIXES = {
     "module.": "DistributedDataParallel adds it: save model.module.state_dict()",
     "_orig_mod.": "torch.compile adds it: save the state_dict() of the uncompiled model",
     "base_model.model.": "PEFT adds it: call merge_and_unload() and save the result",
-    "language_model.": "Fuyu puts its Persimmon there: save its language model alone",
-    "model.language_model.": "Fuyu puts its Persimmon there: save its language model alone",
+    "language_model.": "Fuyu puts its Persimmon there: put Fuyu's own config.json beside the weights",
+    "model.language_model.": "Fuyu puts its Persimmon there: put Fuyu's own config.json beside the weights",
     "transformer.": "other model families use it: rename the tensors",
     "": "the model without its head was saved: save the PersimmonForCausalLM",
 }
 
 
 def _name_hint(
-    config: PersimmonConfig, missing: list[str], unexpected: list[str], expected: Mapping[str, tuple[int, ...]]
+    config: ModelConfig, missing: list[str], unexpected: list[str], expected: Mapping[str, tuple[int, ...]]
 ) -> str:
     """What a person should do about these names, or ""."""
     if any("self_attention." in name or name.startswith("word_embeddings_for_head") for name in unexpected):
@@ -287,13 +302,14 @@ def _name_hint(
         prefix, count = prefixes.most_common(1)[0]
         why = _FOREIGN_PREFIXES.get(prefix, "rename the tensors")
         return f"{count} names start with {prefix!r} where 'model.' or nothing belongs: {why}."
-    layers = [int(match[1]) for name in unexpected if (match := re.match(r"model\.layers\.(\d{1,9})\.", name))]
-    if layers and max(layers) >= config.num_hidden_layers:
-        return f"num_hidden_layers is {config.num_hidden_layers}, the weights go up to layer {max(layers)}."
+    num_layers = config.get_text_config().num_hidden_layers
+    layers = [int(match[1]) for name in unexpected if (match := re.match(r"[a-z_.]*\blayers\.(\d{1,9})\.", name))]
+    if layers and max(layers) >= num_layers:
+        return f"num_hidden_layers is {num_layers}, the weights go up to layer {max(layers)}."
     if missing and not unexpected and all(".q_layernorm." in n or ".k_layernorm." in n for n in missing):
         return "Is qk_layernorm false for this model? config.json says true."
     if unexpected and not missing and all(".q_layernorm." in n or ".k_layernorm." in n for n in unexpected):
         return "config.json says that qk_layernorm is false."
-    if missing == [HEAD] and not unexpected:
+    if len(missing) == 1 and missing[0].endswith(HEAD) and not unexpected:
         return "Was the model saved with a tied head? Then set tie_word_embeddings to true in config.json."
     return ""

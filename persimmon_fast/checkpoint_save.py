@@ -33,8 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persimmon_fast.checkpoint_files import FLOAT_DTYPES, CheckpointMismatchError, CheckpointSaveError
-from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, expected_tensors
-from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, ModelConfig, expected_tensors, text_prefix
 from persimmon_fast.config_file import CONFIG_NAME
 
 _OWNED = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -44,7 +43,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
-    config: PersimmonConfig,
+    config: ModelConfig,
     tensors: Mapping[str, Tensor],
     *,
     max_shard_size: int | str = "5GB",
@@ -75,7 +74,7 @@ def save_checkpoint(
         OSError: the disk refuses. The folder is then as it was.
     """
     limit = parse_size(max_shard_size)
-    if config.qk_layernorm_per_head:
+    if config.get_text_config().qk_layernorm_per_head:
         warnings.warn(
             "this model has a qk-layernorm per head (qk_layernorm_per_head), which transformers does not know: "
             "persimmon_fast loads what is saved here, transformers refuses the shapes of q_layernorm and k_layernorm.",
@@ -86,7 +85,7 @@ def save_checkpoint(
     kept = _files_to_keep(target, overwrite)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) == 1:
-        config = config.replace(dtype=dtypes.pop())
+        config = config.with_dtype(dtypes.pop())
 
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(f".{target.name}.saving-{os.getpid()}-{secrets.token_hex(4)}")
@@ -117,18 +116,19 @@ def parse_size(size: int | str) -> int:
 
 
 def _checked(
-    target: Path, config: PersimmonConfig, tensors: Mapping[str, Tensor], heads: Mapping[str, tuple[int, ...]]
+    target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], heads: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """The tensors to write, in the order of `expected_tensors`."""
     expected = expected_tensors(config) | {name: tuple(shape) for name, shape in heads.items()}
     unexpected = [name for name in tensors if name not in expected]
     if unexpected:
         raise CheckpointMismatchError(str(target), unexpected[0], "no such tensor", f"{len(unexpected)} unexpected")
-    if config.tie_word_embeddings:
-        del expected[HEAD]
-        if HEAD in tensors and not torch.equal(tensors[HEAD], tensors[EMBEDDING]):
+    if config.get_text_config().tie_word_embeddings:
+        embedding, head = (text_prefix(config) + name for name in (EMBEDDING, HEAD))
+        del expected[head]
+        if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointMismatchError(
-                str(target), HEAD, f"the same values as {EMBEDDING}, since tie_word_embeddings is true", "other values"
+                str(target), head, f"the same values as {embedding}, since tie_word_embeddings is true", "other values"
             )
     for name, shape in expected.items():
         if name not in tensors:

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from persimmon_fast.config_file import CONFIG_NAME, ConfigError, ConfigFile, describe, short
+from persimmon_fast.config_file import CONFIG_NAME, ConfigError, ConfigFile, describe, refuse_quantized, short
 from persimmon_fast.labels import PROBLEM_TYPES, check_labels
 from persimmon_fast.rope_scaling import RopeScalingError, check_rope_scaling
 
@@ -164,6 +164,14 @@ class PersimmonConfig(ConfigFile):
             changes = {"id2label": None, "label2id": None, **changes}
         return dataclasses.replace(self, **changes)
 
+    def get_text_config(self) -> PersimmonConfig:
+        """This config, as in transformers, where a model of several parts returns its language model's."""
+        return self
+
+    def with_dtype(self, dtype: torch.dtype) -> Self:
+        """A copy that names `dtype`."""
+        return self.replace(dtype=dtype)
+
     # ---- checks ----
 
     def __post_init__(self) -> None:
@@ -270,16 +278,14 @@ class PersimmonConfig(ConfigFile):
     def _check_extra(self) -> None:
         if not isinstance(self.extra, Mapping) or not all(isinstance(key, str) for key in self.extra):
             raise self._error("extra", "a mapping of names to JSON values")
-        taken = (_FIELD_NAMES | _ROPE_KEYS | {"model_type", "torch_dtype"}) & self.extra.keys()
+        taken = (JSON_KEYS | {"model_type"}) & self.extra.keys()
         if taken:
             raise ConfigError("extra", "names that are no field of the config", short.repr(sorted(taken)))
         for key, value in (("head_dim", self.head_dim), ("num_key_value_heads", self.num_attention_heads)):
             found = self.extra.get(key)
             if found is not None and (type(found) is not int or found != value):
                 raise ConfigError(key, f"{value}, which the other sizes imply", describe(found))
-        if self.extra.get("quantization_config") is not None:
-            expected = "none: quantised checkpoints are not supported"
-            raise ConfigError("quantization_config", expected, describe(self.extra["quantization_config"]))
+        refuse_quantized(self.extra)
         self._set("extra", copy.deepcopy(dict(self.extra)))
 
     # ---- reading ----
@@ -361,6 +367,7 @@ _FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonCon
 _OWN_FIELDS = {"qk_layernorm_per_head": False}  # unknown to transformers: written only where they say something
 _CLASSIFICATION_KEYS = frozenset({"num_labels", "id2label", "label2id", "problem_type", "classifier_dropout"})
 _ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+JSON_KEYS = _FIELD_NAMES | _ROPE_KEYS | {"torch_dtype"}  # what config.json of transformers 4 or 5 may name
 _ARCHITECTURES = ["PersimmonForCausalLM"]
 
 

@@ -12,9 +12,9 @@ import math
 import os
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from persimmon_fast import strict_json
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CONFIG_NAME = "config.json"
+
+_Config = TypeVar("_Config")
 
 short = reprlib.Repr()
 short.maxstring = short.maxother = 100
@@ -71,15 +73,7 @@ class ConfigFile(ABC):
         Raises:
             ConfigError: there is no such file, or it is not a JSON object, or `from_dict` refuses it.
         """
-        file = os.fspath(path)
-        try:
-            return cls.from_dict(strict_json.read_object(file))
-        except strict_json.JSONFormatError as error:
-            raise ConfigError("file", error.expected, error.found, file) from None
-        except OSError as error:
-            raise ConfigError("file", "a readable file", error.strerror or type(error).__name__, file) from None
-        except ConfigError as error:
-            raise error.in_file(file) from None
+        return _read_file(os.fspath(path), cls.from_dict)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
@@ -88,11 +82,7 @@ class ConfigFile(ABC):
         Raises:
             ConfigError: as `from_json_file`; a folder that does not exist gets a hint how to download one.
         """
-        folder = os.fspath(folder)
-        if not os.path.isdir(folder):
-            found = f"{'a file' if os.path.exists(folder) else 'nothing'} there{download_hint(folder)}"
-            raise ConfigError("folder", f"a folder that holds {CONFIG_NAME}", found, folder)
-        return cls.from_json_file(os.path.join(folder, CONFIG_NAME))
+        return read_config_folder(folder, cls.from_dict)
 
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON with sorted keys."""
@@ -108,6 +98,33 @@ class ConfigFile(ABC):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def read_config_folder(folder: str | os.PathLike[str], from_dict: Callable[[Mapping[str, Any]], _Config]) -> _Config:
+    """What `from_dict` makes of `folder/config.json`. Raises ConfigError as `ConfigFile.from_pretrained`."""
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        found = f"{'a file' if os.path.exists(folder) else 'nothing'} there{download_hint(folder)}"
+        raise ConfigError("folder", f"a folder that holds {CONFIG_NAME}", found, folder)
+    return _read_file(os.path.join(folder, CONFIG_NAME), from_dict)
+
+
+def _read_file(file: str, from_dict: Callable[[Mapping[str, Any]], _Config]) -> _Config:
+    try:
+        return from_dict(strict_json.read_object(file))
+    except strict_json.JSONFormatError as error:
+        raise ConfigError("file", error.expected, error.found, file) from None
+    except OSError as error:
+        raise ConfigError("file", "a readable file", error.strerror or type(error).__name__, file) from None
+    except ConfigError as error:
+        raise error.in_file(file) from None
+
+
+def refuse_quantized(extra: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the other keys of a config say that the weights are quantised."""
+    found = extra.get("quantization_config")
+    if found is not None:
+        raise ConfigError("quantization_config", "none: quantised checkpoints are not supported", describe(found))
 
 
 def download_hint(folder: str) -> str:
