@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 TRAINED_ROPE_THETA = 25000.0  # Adept's; transformers 5 takes 10000 where a config names none
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+ROPE_PRECISIONS = ("fp32", "adept_fp16", "adept_bf16")
 
 _MAX_INT32 = 2**31 - 1  # token ids and sizes are int32 in the kernels
 _MAX_POSITIONS = 2**24  # fp32 angles hold each integer position exactly up to here
 _MAX_LAYERS = 4096  # far above any model, small enough to list all tensor names
 _MAX_FLOAT32 = 3.4e38
+_MAX_FLOAT16 = 65504
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class PersimmonConfig(ConfigFile):
         rope_theta: base of the rotary frequencies, > 1.
         rope_scaling: None, or a mapping with "rope_type" and the keys that type takes (see `rope_scaling.py`). Treat it
             as read-only.
+        rope_precision: "fp32", or "adept_bf16" or "adept_fp16": rotated as by Adept's server, whose rotary tables are
+            rounded to that dtype, which must then be the model's. docs/rotary_precision.md
         bos_token_id, pad_token_id: token ids below vocab_size, or None.
         eos_token_id: one id, several (kept as a tuple), or None. `eos_token_ids` is always a tuple.
         dtype: "float32", "float16", "bfloat16" or None; a torch.dtype is accepted. What "auto" loads.
@@ -94,6 +98,7 @@ class PersimmonConfig(ConfigFile):
     partial_rotary_factor: float = 0.5
     rope_theta: float = TRAINED_ROPE_THETA
     rope_scaling: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    rope_precision: str = "fp32"
     bos_token_id: int | None = 1
     eos_token_id: int | Sequence[int] | None = 2
     pad_token_id: int | None = None
@@ -207,6 +212,7 @@ class PersimmonConfig(ConfigFile):
         except RopeScalingError as error:
             raise ConfigError(f"rope_scaling{error.key}", error.expected, short.repr(error.found)) from None
         self._set("rope_scaling", scaling)
+        self._check_rope_precision()
 
     def _set(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)  # frozen: only __post_init__ may
@@ -237,6 +243,17 @@ class PersimmonConfig(ConfigFile):
         # Byte offsets are signed 64-bit; 8 bytes for the widest copy anybody makes of a parameter.
         if self.num_parameters > (2**63 - 1) // 8:
             raise ConfigError("hidden_size", "sizes whose bytes fit in 63 bits", f"{self.num_parameters} parameters")
+
+    def _check_rope_precision(self) -> None:
+        if not isinstance(self.rope_precision, str) or self.rope_precision not in ROPE_PRECISIONS:
+            raise self._error("rope_precision", f"one of {', '.join(ROPE_PRECISIONS)}")
+        if self.rope_precision == "fp32":
+            return
+        if self.rope_type != "default":
+            raise self._error("rope_precision", f"fp32 with rope type {self.rope_type}, which Adept's code lacks")
+        if self.rope_precision == "adept_fp16" and self.max_position_embeddings > _MAX_FLOAT16:
+            expected = f"at most {_MAX_FLOAT16} with rope_precision adept_fp16, whose positions are float16"
+            raise self._error("max_position_embeddings", expected)
 
     def _check_token_ids(self) -> None:
         expected = f"a token id in [0, {self.vocab_size - 1}] or null"
@@ -364,7 +381,8 @@ class PersimmonConfig(ConfigFile):
 
 
 _FIELD_NAMES = frozenset(field.name for field in dataclasses.fields(PersimmonConfig)) - {"extra"}
-_OWN_FIELDS = {"qk_layernorm_per_head": False}  # unknown to transformers: written only where they say something
+# unknown to transformers: written only where they say something
+_OWN_FIELDS = {"qk_layernorm_per_head": False, "rope_precision": "fp32"}
 _CLASSIFICATION_KEYS = frozenset({"num_labels", "id2label", "label2id", "problem_type", "classifier_dropout"})
 _ROPE_KEYS = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 JSON_KEYS = _FIELD_NAMES | _ROPE_KEYS | {"torch_dtype"}  # what config.json of transformers 4 or 5 may name

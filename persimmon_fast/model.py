@@ -7,6 +7,7 @@ tokens and cannot change one another. Module and parameter names are those of tr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TypedDict, cast
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from persimmon_fast import ops
+from persimmon_fast import ops, rounded_qkv
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.decode_graph import DecodeGraphs
 from persimmon_fast.generation import GenerationMixin
@@ -57,6 +58,7 @@ class PersimmonAttention(nn.Module):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.eps = config.layer_norm_eps
+        self.rope_precision = config.rope_precision
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.q_layernorm = QKLayerNorm(config) if config.qk_layernorm else None
@@ -84,13 +86,17 @@ class PersimmonAttention(nn.Module):
 
     def bind(self, norm: nn.LayerNorm, batch: PackedBatch, kv: tuple[Tensor, Tensor] | None) -> Block:
         """`forward` of x alone, as long as parameters, batch and pages are these."""
+        qkv_norm_rope, qkv_norm_rope_paged = ops.qkv_norm_rope, ops.qkv_norm_rope_paged
+        if self.rope_precision != "fp32":
+            rounded_qkv.check_dtype(self.rope_precision, self.query_key_value.weight.dtype)
+            qkv_norm_rope, qkv_norm_rope_paged = rounded_qkv.qkv_norm_rope, rounded_qkv.qkv_norm_rope_paged
         dense, projection, input_norm = (self.dense.weight, self.dense.bias), self._projection(batch), _input_norm(norm)
         starts, seqlen = batch.cu_seqlens_q, batch.max_seqlen_q
         if kv is not None and batch.slots is not None:
             k_cache, v_cache, slots = *kv, batch.slots
 
             def over_cache(x: Tensor) -> Tensor:
-                q = ops.qkv_norm_rope_paged(x, *projection, slots.slot_mapping, k_cache, v_cache, **input_norm)
+                q = qkv_norm_rope_paged(x, *projection, slots.slot_mapping, k_cache, v_cache, **input_norm)
                 out = ops.paged_attention(
                     q, k_cache, v_cache, slots.page_table, slots.cache_seqlens, cu_seqlens_q=starts, max_seqlen_q=seqlen
                 )
@@ -99,7 +105,7 @@ class PersimmonAttention(nn.Module):
             return over_cache
 
         def over_batch(x: Tensor) -> Tensor:
-            q, k, v = ops.qkv_norm_rope(x, *projection, **input_norm)
+            q, k, v = qkv_norm_rope(x, *projection, **input_norm)
             out, _ = ops.flash_attention(
                 q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=seqlen, max_seqlen_k=seqlen
             )
@@ -160,6 +166,12 @@ class PersimmonModel(PersimmonPreTrainedModel):
         self.layers = nn.ModuleList(PersimmonDecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.rotary = RotaryTable(config)
+        if config.rope_precision != "fp32":
+            warnings.warn(
+                f"rope_precision {config.rope_precision!r} repeats the rounding of Adept's server. It needs more "
+                "kernels per layer and is slower than 'fp32'.",
+                stacklevel=2,
+            )
         self._init_weights()
 
     @staticmethod

@@ -1,7 +1,8 @@
 """Rotary frequencies and the table of cosines and sines, for every rope type of transformers 5.23.
 
 Position p rotates the pair (i, i + rotary_dim / 2) of a head by the angle p * inv_freq[i]. The types differ in inv_freq
-and in one factor on the table. All of it is fp32, made on the CPU and then moved: each device holds the same bits.
+and in one factor on the table. All of it is fp32, made on the CPU and then moved: each device holds the same bits. The
+table of Adept's server holds fewer of them, see docs/rotary_precision.md.
 """
 
 import math
@@ -9,6 +10,8 @@ import math
 import torch
 
 from persimmon_fast.config import PersimmonConfig
+
+ADEPT_DTYPE = {"adept_fp16": torch.float16, "adept_bf16": torch.bfloat16}
 
 
 class RotaryTable:
@@ -106,7 +109,8 @@ def rope_cos_sin(
 
     Returns:
         [num_positions, rotary_dim], fp32, contiguous: columns 0 .. rotary_dim / 2 - 1 cosines, the rest sines, times
-        attention_scaling. The layout of vLLM's cos_sin_cache.
+        attention_scaling. The layout of vLLM's cos_sin_cache. With a rope_precision of Adept's, the values are those of
+        a table in its dtype.
 
     Raises:
         ValueError: num_positions is negative.
@@ -114,8 +118,18 @@ def rope_cos_sin(
     if num_positions < 0:
         raise ValueError(f"rope_cos_sin: num_positions must be >= 0, got {num_positions}")
     inv_freq, attention_scaling = rope_inv_freq(config, seq_len)
+    if config.rope_precision != "fp32":
+        return _rounded_cos_sin(inv_freq, num_positions, ADEPT_DTYPE[config.rope_precision]).to(device)
     angle = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * attention_scaling).to(device)
+
+
+def _rounded_cos_sin(inv_freq: torch.Tensor, num_positions: int, dtype: torch.dtype) -> torch.Tensor:
+    """The table of Adept's server: positions, frequencies, angles, cosines and sines each rounded to dtype."""
+    position = torch.arange(num_positions).to(dtype)  # not arange(dtype=dtype): in bf16 a CPU misses some from 4,113 on
+    angle = position[:, None] * inv_freq.to(dtype)
+    wide = angle.double()  # the cosine in fp32 is then the nearest one, on every processor
+    return torch.cat((wide.cos(), wide.sin()), dim=-1).float().to(dtype).float()
 
 
 def _yarn_ramp(config: PersimmonConfig) -> torch.Tensor:
