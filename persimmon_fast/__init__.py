@@ -1,4 +1,4 @@
-"""Persimmon-8B and Fuyu's language model on handwritten kernels.
+"""Persimmon-8B and Fuyu-8B on handwritten kernels.
 
     from persimmon_fast import PersimmonForCausalLM, PersimmonTokenizer
 
@@ -13,6 +13,8 @@ from persimmon_fast.version import __version__
 if TYPE_CHECKING:
     from persimmon_fast.checkpoint import CheckpointError
     from persimmon_fast.config import PersimmonConfig
+    from persimmon_fast.fuyu import FuyuForCausalLM
+    from persimmon_fast.fuyu_config import FuyuConfig
     from persimmon_fast.generation import GenerateOutput
     from persimmon_fast.generation_config import GenerationConfig
     from persimmon_fast.integrations.transformers import apply_persimmon_fast, revert
@@ -26,6 +28,8 @@ SMALL_MODEL = Path(__file__).parent / "assets" / "persimmon-small"
 _HOME = {
     "apply_persimmon_fast": "integrations.transformers",
     "CheckpointError": "checkpoint",
+    "FuyuConfig": "fuyu_config",
+    "FuyuForCausalLM": "fuyu",
     "GenerateOutput": "generation",
     "GenerationConfig": "generation_config",
     "PagedKVCache": "kv_cache",
@@ -40,6 +44,8 @@ _HOME = {
 __all__ = [
     "SMALL_MODEL",
     "CheckpointError",
+    "FuyuConfig",
+    "FuyuForCausalLM",
     "GenerateOutput",
     "GenerationConfig",
     "PagedKVCache",

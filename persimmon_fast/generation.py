@@ -91,7 +91,9 @@ class GenerationMixin:
 
         Args:
             input_ids: [batch_size, prompt] int64; attention_mask: like it, 0 at padding (on either side; padding
-                changes no token). inputs_embeds: [batch_size, prompt, hidden_size] instead of input_ids.
+                changes no token). inputs_embeds: [batch_size, prompt, hidden_size] instead of input_ids; or with them,
+                for prompts whose embeddings are not those of the ids (which are then only returned, penalised and
+                looked up).
             generation_config: defaults of this call; None: the model's. `settings`: its fields, one by one.
             seed: of the draws; None: taken from torch's global generator, so that torch.manual_seed repeats a run.
                 A sequence's draws depend on seed, its row and its length alone.
@@ -101,7 +103,7 @@ class GenerationMixin:
             use_cuda_graph: on a CUDA device, capture the decode step once per batch size and replay it. The graphs and
                 the key/value pool stay with the model; `decode_graphs.free()` gives them back. docs/decode_graph.md
         Returns:
-            [batch_size * num_return_sequences, prompt + new] int64; of inputs_embeds, the new tokens alone.
+            [batch_size * num_return_sequences, prompt + new] int64; of inputs_embeds alone, the new tokens alone.
         Raises:
             ValueError: naming the argument; also where prompt and new tokens pass the last position of the model.
         """
@@ -182,8 +184,14 @@ class _Prompts:
     ) -> _Prompts:
         device = model.device
         input_ids = None if input_ids is None else input_ids.to(device)
-        padded = model.model._embed(input_ids, None if embeds is None else embeds.to(device))
+        padded = model.model._embed(
+            input_ids if embeds is None else None, None if embeds is None else embeds.to(device)
+        )
         batch_size, width = padded.shape[:2]
+        if input_ids is not None and input_ids.shape != padded.shape[:2]:
+            raise ValueError(
+                f"input_ids must be {list(padded.shape[:2])} as inputs_embeds, got {list(input_ids.shape)}"
+            )
         if mask is not None and mask.shape != padded.shape[:2]:
             raise ValueError(f"attention_mask must be {list(padded.shape[:2])} as the prompts, got {list(mask.shape)}")
         real = torch.ones(batch_size, width, dtype=torch.bool) if mask is None else mask.cpu().bool()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from persimmon_fast.checkpoint import load_checkpoint, save_checkpoint
+from persimmon_fast.checkpoint_tensors import ModelConfig, text_tensors
 from persimmon_fast.config import PersimmonConfig
+from persimmon_fast.fuyu_config import read_config
 from persimmon_fast.generation import GenerationMixin
 from persimmon_fast.generation_config import GenerationConfig
 
@@ -35,7 +37,8 @@ class PersimmonPreTrainedModel(nn.Module):
         """Loads a checkpoint folder in the layout of transformers.
 
         Args:
-            folder: holds config.json and model.safetensors, its shards, or pytorch_model*.bin.
+            folder: holds config.json and model.safetensors, its shards, or pytorch_model*.bin. Of a Fuyu checkpoint,
+                the classes of Persimmon take the language model.
             dtype: a torch.dtype or its name ("bfloat16"); "auto" or None: the dtype that config.json names, else
                 the stored one. Weights that need no conversion stay memory-mapped.
             device: where the weights go.
@@ -44,16 +47,25 @@ class PersimmonPreTrainedModel(nn.Module):
         Raises:
             CheckpointError, ValueError: naming file, key, what was expected and what was found.
         """
-        config = PersimmonConfig.from_pretrained(folder)
+        stored = read_config(folder)
+        config = cls._config_from(stored)
         tensors = load_checkpoint(
-            folder, config, dtype=dtype, device=device, check_finite=check_finite, progress=progress
+            folder, stored, dtype=dtype, device=device, check_finite=check_finite, progress=progress
         )
+        if config is not stored:
+            tensors = text_tensors(stored, tensors)
         with torch.device("meta"):
             model = cls(config)
         cls._load(model, tensors)
-        if isinstance(model, GenerationMixin):
-            model.generation_config = GenerationConfig.from_pretrained(folder, config)
+        for module in model.modules():
+            if isinstance(module, GenerationMixin):
+                module.generation_config = GenerationConfig.from_pretrained(folder, module.config)
         return model.eval()
+
+    @classmethod
+    def _config_from(cls, stored: ModelConfig) -> Any:
+        """The config of this class in a checkpoint: the language model's, also where that is a part of Fuyu."""
+        return stored.get_text_config()
 
     @staticmethod
     def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -65,8 +77,9 @@ class PersimmonPreTrainedModel(nn.Module):
         """Writes config.json, the weights and generation_config.json, in the layout of transformers. The folder is at
         every moment the old one or the new one; `overwrite`: whether it may hold a checkpoint already."""
         save_checkpoint(folder, self.config, self.state_dict(), max_shard_size=max_shard_size, overwrite=overwrite)
-        if isinstance(self, GenerationMixin):
-            self.generation_config.save_pretrained(folder)
+        for module in self.modules():
+            if isinstance(module, GenerationMixin):
+                module.generation_config.save_pretrained(folder)
 
     @property
     def dtype(self) -> torch.dtype:
