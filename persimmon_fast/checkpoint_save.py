@@ -74,12 +74,7 @@ def save_checkpoint(
         OSError: the disk refuses. The folder is then as it was.
     """
     limit = parse_size(max_shard_size)
-    if config.get_text_config().qk_layernorm_per_head:
-        warnings.warn(
-            "this model has a qk-layernorm per head (qk_layernorm_per_head), which transformers does not know: "
-            "persimmon_fast loads what is saved here, transformers refuses the shapes of q_layernorm and k_layernorm.",
-            stacklevel=3,
-        )
+    warn_if_ours_alone(config, stacklevel=4)
     target = Path(os.path.realpath(folder))
     tensors = _checked(target, config, tensors, heads or {})
     kept = _files_to_keep(target, overwrite)
@@ -102,6 +97,16 @@ def save_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
         raise
     flush(target.parent)
+
+
+def warn_if_ours_alone(config: ModelConfig, stacklevel: int) -> None:
+    """Says so if transformers cannot load what is written."""
+    if config.get_text_config().qk_layernorm_per_head:
+        warnings.warn(
+            "this model has a qk-layernorm per head (qk_layernorm_per_head), which transformers does not know: "
+            "persimmon_fast loads what is saved here, transformers refuses the shapes of q_layernorm and k_layernorm.",
+            stacklevel=stacklevel,
+        )
 
 
 def parse_size(size: int | str) -> int:

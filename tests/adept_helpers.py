@@ -76,12 +76,16 @@ def absent_module(name: str = "megatron.model.enums") -> Any:
 
     Options.__module__, Options.__qualname__ = name, "Options"
     module.ModelType, module.Options = model_type, Options  # type: ignore[attr-defined]
+    for end in range(len(name)):  # and its packages, without which it cannot be imported
+        if name[end] == ".":
+            sys.modules[name[:end]] = types.ModuleType(name[:end])
     sys.modules[name] = module
     return module
 
 
 def forget(name: str = "megatron.model.enums") -> None:
-    del sys.modules[name]
+    for loaded in [module for module in sys.modules if f"{name}.".startswith(f"{module}.")]:
+        del sys.modules[loaded]
 
 
 def inv_freq(config: PersimmonConfig, theta: float = 25000.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -87,6 +87,7 @@ def test_adept_hf_ours_hf_adept_is_bit_equal(num_ranks: int, vocabulary: bytes, 
         stated = {key: value for key, value in vars(before["args"]).items() if hasattr(after["args"], key)}
         assert stated.items() <= vars(after["args"]).items()
         assert len(stated) == 21
+        assert after["args"].bias_gelu_fusion is False  # Adept's MLP looks at it before sq_relu
 
 
 def file_tree(folder: Path) -> dict[str, bytes]:
@@ -238,6 +239,8 @@ def test_what_is_no_checkpoint_of_adepts(tmp_path: Path) -> None:
     refused(
         tmp_path / "empty", CheckpointNotFoundError, r"expected iter_\*/mp_rank_\*/model_optim_rng.pt .* found no file"
     )
+    save_checkpoint(tmp_path / "hf", SMALL, random_tensors(SMALL))
+    refused(tmp_path / "hf", CheckpointNotFoundError, "This is a Hugging Face folder: --to adept converts it")
     (tmp_path / "text").write_text("hello")
     refused(tmp_path / "text", CheckpointFileError, "expected a tar, found")
     write_adept(tmp_path / "a")
@@ -251,6 +254,15 @@ def test_a_truncated_tar(tmp_path: Path) -> None:
     tar, _ = tar_of(tmp_path / "a")
     tar.write_bytes(tar.read_bytes()[:100_000])
     refused(tar, CheckpointFileError, "expected the whole file in the tar, found 100,000 bytes, .* too few")
+
+
+def test_a_tar_that_holds_a_file_twice(tmp_path: Path) -> None:
+    """tar would take the last."""
+    write_adept(tmp_path / "a")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "a", "a")
+        archive.add(tmp_path / "a" / RANK_0, f"./a/{RANK_0}")
+    refused(tmp_path / "a.tar", CheckpointFileError, f"{RANK_0}: expected each file once and whole, found two")
 
 
 def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
@@ -304,6 +316,13 @@ def test_the_dummy_prefix_of_sentencepiece_survives(vocabulary: bytes, tmp_path:
     assert (tmp_path / "b" / "tokenizer.model").read_bytes() == vocabulary
     tokenizer = PersimmonTokenizer.from_pretrained(tmp_path / "b")
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("fruit", add_bos=False))[0].startswith("\u2581")
+
+
+def test_bos_is_prepended_as_in_transformers_not_as_in_adepts_code(vocabulary: bytes, tmp_path: Path) -> None:
+    write_adept(tmp_path / "a", tokenizer=vocabulary)
+    adept.to_hugging_face(tmp_path / "a", tmp_path / "b")
+    tokenizer = PersimmonTokenizer.from_pretrained(tmp_path / "b")
+    assert tokenizer.encode("fruit") == [4, *tokenizer.encode("fruit", add_bos=False)]
 
 
 def test_without_the_piece_the_end_is_sentencepieces_own(tmp_path: Path) -> None:

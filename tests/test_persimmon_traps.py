@@ -1,6 +1,6 @@
 """What is easily got wrong about Persimmon: a table of these traps, each with the test that names it.
 
-Traps that had no test of their own have it below the table. Those of Adept's pickles are in the tests of conversion.
+Traps that had no test of their own have it below the table.
 """
 
 from __future__ import annotations
@@ -69,6 +69,27 @@ TRAPS = {
     "pickles may execute code": "test_checkpoint_pickles.py::test_a_pickle_that_asks_for_more_is_refused_unread",
     "Adept's names are not transformers'": "test_checkpoint_errors.py::test_tensor_names",
     "no dtype means auto": "test_checkpoint.py::test_dtype_conversion",
+    # Adept's checkpoints
+    "args holds classes that nobody has": "test_adept_pickles.py"
+    "::test_classes_of_modules_that_nobody_has_do_not_stand_in_the_way",
+    "Adept's pickles may execute code": "test_adept_pickles.py"
+    "::test_a_pickle_that_asks_for_python_torch_or_numpy_is_refused",
+    "tensors saved on a GPU ask for one": "test_adept_pickles.py::test_a_file_saved_from_a_gpu_is_read_without_one",
+    "conversion renames, nothing is permuted": "test_adept_convert.py"
+    "::test_conversion_is_renaming_alone_no_permutation_of_qkv",
+    "Adept's dicts are nested, but not all the way": "test_adept_convert.py"
+    "::test_the_written_pickle_is_nested_as_adepts",
+    "the releases have published sums": "test_adept_convert.py::test_a_release_is_checked_against_its_published_md5",
+    "the tracker names the iteration": "test_adept_convert.py::test_the_tracker_chooses_among_iterations",
+    "|ENDOFTEXT| ends a text, not sentencepiece's </s>": "test_adept_convert.py"
+    "::test_the_stop_id_is_endoftext_not_sentencepieces_or_the_class_default",
+    "Adept's theta is in its arguments": "test_adept_ranks.py"
+    "::test_theta_is_the_arguments_not_the_10000_of_transformers",
+    "Adept's files hold rotary buffers": "test_adept_ranks.py"
+    "::test_rotary_buffers_are_dropped_but_must_fit_the_arguments",
+    "the vocabulary is padded": "test_adept_ranks.py::test_the_vocabulary_is_what_the_embedding_has_rows_for",
+    "Adept's LayerNorms of q and k may differ by head": "test_adept_ranks.py"
+    "::test_norms_per_rank_or_per_head_become_norms_per_head",
     # tokenizer
     "transformers has no PersimmonTokenizer": f"{HERE}::test_files_that_name_a_tokenizer_of_transformers",
     "sentencepiece adds a space in front": "test_tokenizer.py::test_the_dummy_prefix_and_byte_fallback_are_there",

@@ -31,7 +31,7 @@ from persimmon_fast.checkpoint_files import (
     CheckpointMismatchError,
     open_checkpoint,
 )
-from persimmon_fast.checkpoint_save import INDEX_NAME, index_text, parse_size, plan_shards
+from persimmon_fast.checkpoint_save import INDEX_NAME, index_text, parse_size, plan_shards, warn_if_ours_alone
 from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, expected_tensors
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.config_file import CONFIG_NAME
@@ -100,6 +100,7 @@ def to_hugging_face(
     if iteration is not None:
         config = config.replace(extra={ITERATION_KEY: iteration})
 
+    warn_if_ours_alone(config, stacklevel=3)
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     shards = plan_shards(sizes, limit)
     small: dict[str, str | bytes] = {CONFIG_NAME: config.to_json_string()}

@@ -28,6 +28,9 @@ def merged(ranks: Sequence[RankFile]) -> tuple[PersimmonConfig, dict[str, LazyTe
     """
     per_rank = [_renamed(rank) for rank in ranks]
     config = read_config(ranks[0].member.name, ranks[0].arguments, per_rank[0], len(ranks))
+    if config.num_attention_heads % len(ranks):
+        expected, found = f"a multiple of the {len(ranks)} ranks", str(config.num_attention_heads)
+        raise CheckpointMismatchError(ranks[0].member.name, "args.num_attention_heads", expected, found)
     _check_same_arguments(ranks)
     _check_inv_freq(ranks, config)
     norms = _qk_norms(ranks, per_rank, config) if config.qk_layernorm else {}
@@ -91,39 +94,31 @@ def _merged_tensor(
     part_shape = list(shape)
     if dim is not None:
         part_shape[dim] //= len(ranks)
-    parts = [
-        _part(rank, tensors, adept, tuple(part_shape), per_rank[0])
-        for rank, tensors in zip(ranks, per_rank, strict=True)
-    ]
-    dtype = per_rank[0][adept].dtype
+    first = per_rank[0].get(adept)
+    parts = [_part(rank, held, adept, tuple(part_shape), first) for rank, held in zip(ranks, per_rank, strict=True)]
+    assert first is not None  # else _part has refused
     if dim is not None:
-        return LazyTensor(dtype, shape, parts[0] if len(parts) == 1 else (Stacked, SideBySide)[dim](parts))
+        return LazyTensor(first.dtype, shape, parts[0] if len(parts) == 1 else (Stacked, SideBySide)[dim](parts))
     for rank, part in zip(ranks[1:], parts[1:], strict=True):
         if not equal(parts[0], part):
             hint = "Every rank must hold the same; no single model computes what these do together."
             raise CheckpointMismatchError(
                 rank.member.name, adept, f"the values of {ranks[0].member.name}", "other values", hint
             )
-    return LazyTensor(dtype, shape, parts[0])
+    return LazyTensor(first.dtype, shape, parts[0])
 
 
 def _part(
-    rank: RankFile,
-    tensors: Mapping[str, FileTensor],
-    adept: str,
-    shape: tuple[int, ...],
-    first: Mapping[str, FileTensor],
+    rank: RankFile, tensors: Mapping[str, FileTensor], adept: str, shape: tuple[int, ...], first: FileTensor | None
 ) -> FileRows:
-    """One rank's part, checked."""
+    """One rank's part of what rank 0 has as `first`, checked."""
     tensor = tensors.get(adept)
-    if tensor is None:
+    if tensor is None or first is None:
         raise CheckpointMismatchError(rank.member.name, adept, f"a tensor of shape {list(shape)}", "none of that name")
     if tensor.shape != shape:
         raise CheckpointMismatchError(rank.member.name, adept, f"shape {list(shape)}", str(list(tensor.shape)))
-    if tensor.dtype != first[adept].dtype:
-        raise CheckpointMismatchError(
-            rank.member.name, adept, f"{first[adept].dtype}, as rank 0 has", str(tensor.dtype)
-        )
+    if tensor.dtype != first.dtype:
+        raise CheckpointMismatchError(rank.member.name, adept, f"{first.dtype}, as rank 0 has", str(tensor.dtype))
     return FileRows(tensor)
 
 
@@ -155,24 +150,17 @@ def _qk_norms(
     ranks: Sequence[RankFile], per_rank: Sequence[Mapping[str, FileTensor]], config: PersimmonConfig
 ) -> dict[str, LazyTensor]:
     """By our names: [head_dim] each if all heads agree everywhere, else [num_heads, head_dim] each. A few kilobytes."""
-    if config.num_attention_heads % len(ranks):
-        expected = f"a multiple of the {len(ranks)} ranks"
-        found = str(config.num_attention_heads)
-        raise CheckpointMismatchError(ranks[0].member.name, "args.num_attention_heads", expected, found)
     heads = config.num_attention_heads // len(ranks)
     values: dict[str, tuple[torch.dtype, np.ndarray]] = {}
     for name in (name for name in expected_tensors(config) if names.is_qk_norm(name)):
         adept, rows = names.to_adept(name), []
-        for rank, tensors in zip(ranks, per_rank, strict=True):
-            keys = [names.per_head(adept, head) for head in range(heads)]
-            if adept in tensors or keys[0] not in tensors:
-                keys = [adept] * heads
-            rows += [
-                _part(rank, tensors, key, (config.head_dim,), {key: tensors[key]} if key in tensors else {})
-                for key in keys
-            ]
-        dtype = _norm_dtype(per_rank[0], adept)
-        values[name] = (dtype, np.stack([part.read(0, part.num_rows).reshape(-1) for part in rows]))
+        own = [names.per_head(adept, head) for head in range(heads)]
+        first = per_rank[0].get(adept, per_rank[0].get(own[0]))
+        for rank, held in zip(ranks, per_rank, strict=True):
+            keys = [adept] * heads if adept in held or own[0] not in held else own
+            rows += [_part(rank, held, key, (config.head_dim,), first) for key in keys]
+        assert first is not None  # else _part has refused
+        values[name] = (first.dtype, np.stack([part.read(0, part.num_rows).reshape(-1) for part in rows]))
     shared = all((rows == rows[0]).all() for _, rows in values.values())
     result = {}
     for name, (dtype, data) in values.items():
@@ -180,10 +168,6 @@ def _qk_norms(
         tensor = tensor.reshape(-1) if shared else tensor
         result[name] = LazyTensor(dtype, tuple(tensor.shape), TensorRows(tensor))
     return result
-
-
-def _norm_dtype(tensors: Mapping[str, FileTensor], adept: str) -> torch.dtype:
-    return tensors[adept if adept in tensors else names.per_head(adept, 0)].dtype
 
 
 # ---- the way back ----

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from persimmon_fast.checkpoint_files import CheckpointFileError, CheckpointNotFoundError, shown
-from persimmon_fast.config_file import download_hint
+from persimmon_fast.config_file import CONFIG_NAME, download_hint
 from persimmon_fast.tokenizer import MODEL_NAMES
 
 PUBLISHED_MD5 = {
@@ -196,7 +196,9 @@ def _chosen(path: str, members: Iterable[Member]) -> AdeptSource:
     bases = sorted({base for base, _ in groups})
     if not groups:
         found = ", ".join(shown(os.path.basename(member.name)) for member in members[:5]) or "no file"
-        raise CheckpointNotFoundError(path, "model files", _LAYOUT, found)
+        is_ours = any(os.path.basename(member.name) == CONFIG_NAME for member in members)
+        hint = "This is a Hugging Face folder: --to adept converts it." if is_ours else ""
+        raise CheckpointNotFoundError(path, "model files", _LAYOUT, found, hint)
     if len(bases) > 1:
         hint = "Give the folder of one of them."
         raise CheckpointFileError(path, "model files", "one checkpoint", f"{len(bases)}: {', '.join(bases[:3])}", hint)

@@ -63,9 +63,12 @@ def write_safetensors(file: IO[bytes], tensors: Mapping[str, LazyTensor], progre
 
 
 def _write_rows(file: IO[bytes], tensor: LazyTensor, progress: Progress) -> None:
+    written = 0
     for block in blocks(tensor.rows):
         file.write(block.data)
+        written += block.nbytes
         progress(block.nbytes)
+    assert written == tensor.nbytes
 
 
 # ---- torch ----
