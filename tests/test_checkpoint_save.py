@@ -129,13 +129,15 @@ def test_a_file_that_appears_meanwhile_is_not_deleted(tmp_path: Path, monkeypatc
 
 
 KILL_SCRIPT = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 from pathlib import Path
 import torch, tqdm
 from checkpoint_helpers import TINY, random_tensors
 from persimmon_fast.checkpoint import expected_tensors, load_checkpoint, save_checkpoint
 from persimmon_fast.config import PersimmonConfig
 
+# Not tqdm's own, which is shared with the forked processes: one of them may be killed while it holds it.
+tqdm.tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)
 config = TINY.replace(hidden_size=128, intermediate_size=512)
 folder = Path(sys.argv[1]) / "model"
