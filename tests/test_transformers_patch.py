@@ -164,6 +164,49 @@ def test_packed_sequences_do_not_see_each_other():
     assert max_error(fast(ids, position_ids=positions, use_cache=False).logits[:, 5:], alone) < TOLERANCE
 
 
+def mask_of(mask, *, q_offset, q_length, kv_length, **arguments):
+    """attention.attention_mask in the words of either version."""
+    if IS_TRANSFORMERS_4:
+        arguments["cache_position"] = torch.arange(q_offset, q_offset + q_length)
+    else:
+        arguments |= {"q_offset": q_offset, "q_length": q_length}
+    return attention.attention_mask(1, attention_mask=mask, kv_length=kv_length, **arguments)
+
+
+def test_which_form_a_mask_takes():
+    ones = torch.ones(1, 6, dtype=torch.bool)
+    assert mask_of(None, q_offset=0, q_length=6, kv_length=6) is None
+    assert mask_of(ones, q_offset=0, q_length=6, kv_length=6) is None
+    ranges = mask_of(ones, q_offset=4, q_length=2, kv_length=6)
+    assert ranges.tolist() == [[[[6, 6], [0, 1], [0, 2]]]]
+    assert ranges.dtype == torch.int32
+    static = mask_of(ones, q_offset=4, q_length=2, kv_length=32)
+    assert torch.equal(static, ranges)
+    for hidden in (ones[:, :5], torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()):  # a key without a mask is hidden too
+        dense = mask_of(hidden, q_offset=4, q_length=2, kv_length=6)
+        assert dense.dtype == torch.bool
+        assert dense[0, 0, 1].tolist() == [*hidden[0].tolist(), *[False] * (6 - hidden.shape[1])]
+
+
+def test_a_mask_that_is_not_causal_is_never_skipped():
+    """None means causal to our attention."""
+    everything = mask_of(
+        None, q_offset=0, q_length=4, kv_length=4, mask_function=lambda b, h, q, k: k >= 0,
+        allow_is_bidirectional_skip=True, allow_is_causal_skip=True,
+    )  # fmt: skip
+    assert everything.shape == (1, 1, 4, 4)
+    assert everything.all()
+
+
+@torch.no_grad()
+def test_keys_that_are_not_contiguous():
+    q, keys = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 9, 16)
+    ranges = attention.key_ranges(2, 1, 7, "cpu")
+    actual, _ = attention.attention(torch.nn.Module(), q, keys[:, :, :7], keys[:, :, :7], ranges)
+    expected = nn.functional.scaled_dot_product_attention(q, keys[:, :, :7], keys[:, :, :7]).transpose(1, 2)
+    assert max_error(actual, expected) < 1e-6
+
+
 @torch.no_grad()
 def test_inputs_embeds_and_tuples():
     model, fast = pair()
@@ -388,6 +431,36 @@ def test_gradients_in_eval_mode_and_of_the_embeddings():
         one(inputs_embeds=leaf).logits.square().mean().backward()
         gradients.append(leaf.grad)
     assert max_error(*gradients) <= 1e-5 * float(gradients[0].abs().max())
+
+
+@pytest.mark.parametrize("trained", ["q_layernorm.weight", "dense_h_to_4h.bias"])
+def test_gradients_of_one_parameter_in_eval_mode(trained):
+    """The input of its layer asks for no gradient, only the parameter does."""
+    model, fast = pair()
+    gradients = []
+    for one in (model, fast):
+        one.requires_grad_(False)
+        parameter = next(p for name, p in one.named_parameters() if name.endswith(trained))
+        parameter.requires_grad_()
+        one(tokens(2, 8), labels=tokens(2, 8)).loss.backward()
+        gradients.append(parameter.grad)
+    assert max_error(*gradients) <= 1e-5 * float(gradients[0].abs().max())
+
+
+def test_gradients_of_cached_keys_alone():
+    """As prefix tuning asks for: the keys are learnt, the queries are not."""
+    q, past, new = torch.randn(1, 4, 2, 16), torch.randn(1, 4, 3, 16, requires_grad=True), torch.randn(1, 4, 2, 16)
+    keys = torch.cat([past, new], dim=2)
+    module = torch.nn.Module()
+    out, _ = attention.attention(module, q, keys, keys, attention.key_ranges(1, 2, 5, "cpu"))
+    out.square().sum().backward()
+    visible = torch.ones(2, 5, dtype=torch.bool).tril(3)
+    other = past.detach().clone().requires_grad_()
+    keys = torch.cat([other, new], dim=2)
+    expected = nn.functional.scaled_dot_product_attention(q, keys, keys, visible).transpose(1, 2)
+    expected.square().sum().backward()
+    assert max_error(out.detach(), expected.detach()) < 1e-6
+    assert max_error(past.grad, other.grad) < 1e-5
 
 
 def test_an_optimizer_step_reaches_the_patched_model():
@@ -617,7 +690,7 @@ def test_hooks_on_linear_layers_still_run():
 
 @pytest.mark.parametrize("first", ["patched", "offloaded"])
 @torch.no_grad()
-def test_offloaded_weights_of_accelerate(first):
+def test_offloaded_weights_of_accelerate(first, monkeypatch):
     """Its hooks replace forwards and keep weights on the meta device until a layer is called."""
     accelerate = pytest.importorskip("accelerate")
     model, _ = pair()
@@ -632,7 +705,10 @@ def test_offloaded_weights_of_accelerate(first):
         apply_persimmon_fast(fast)
     assert max_error(fast(ids).logits, expected) < TOLERANCE
     accelerate.hooks.remove_hook_from_submodules(fast)
+    apply_persimmon_fast(fast)  # now that the down-projections are here, it can lay them out
+    counts = calls_of(monkeypatch, "squared_relu_mlp", "qkv_norm_rope")
     assert max_error(fast(ids).logits, expected) < TOLERANCE
+    assert counts == {"squared_relu_mlp": 2, "qkv_norm_rope": 2}
     assert torch.equal(revert(fast)(ids).logits, expected)
 
 

@@ -148,17 +148,13 @@ def attention(
 
 def _kernel_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     batch_size, num_heads, q_length, head_dim = query.shape
-    if mask is None and not key.is_contiguous():  # fresh from the projection, [batch_size, length, heads, head_dim]
-        out, _ = ops.flash_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), softmax_scale=scale
-        )
-        return out
     if mask is None:
-        mask = key_ranges(batch_size, q_length, q_length, query.device)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return ops.flash_attention(q, k, v, softmax_scale=scale)[0]
     num_keys, page, start = mask[0, 0]
     out = ops.paged_attention(
         query.transpose(1, 2).reshape(batch_size * q_length, num_heads, head_dim),
-        key.contiguous(),
+        key.contiguous(),  # a cache is, but for odd ones
         value.contiguous(),
         page[:batch_size].unsqueeze(1),
         num_keys[:batch_size],

@@ -98,13 +98,17 @@ def _slot(module: nn.Module) -> str:
     return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
 
 
+def _is_class_forward(module: nn.Module, slot: str) -> bool:
+    """Whether nothing but the class decides what this forward is; accelerate leaves bound methods behind."""
+    forward = module.__dict__.get(slot)
+    return forward is None or (isinstance(forward, types.MethodType) and forward.__func__ is type(module).forward)
+
+
 def _rebind(module: nn.Module, forward: Callable[..., Any]) -> None:
     if _ORIGINAL in module.__dict__:
         return
     slot = _slot(module)
-    before = module.__dict__.get(slot)
-    is_class_forward = isinstance(before, types.MethodType) and before.__func__ is type(module).forward
-    module.__dict__[_ORIGINAL] = None if is_class_forward else before
+    module.__dict__[_ORIGINAL] = None if _is_class_forward(module, slot) else module.__dict__[slot]
     module.__dict__[slot] = functools.partial(forward, module)
 
 
@@ -140,7 +144,7 @@ def _is_plain(linear: nn.Module) -> bool:
     return (
         type(linear) is nn.Linear
         and type(linear.weight) is nn.Parameter
-        and "forward" not in linear.__dict__  # a wrapper, as accelerate makes
+        and _is_class_forward(linear, "forward")  # no wrapper, as accelerate makes
         and not linear._forward_hooks
         and not linear._forward_pre_hooks
     )
