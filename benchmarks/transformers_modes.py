@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.modes import Mode, Past, UnavailableError
-from persimmon_fast import PersimmonForCausalLM
+from persimmon_fast import PersimmonForCausalLM, apply_persimmon_fast
 
 
 class TransformersMode(Mode):
@@ -25,7 +25,7 @@ class TransformersMode(Mode):
         in_generate: bool = True,
         is_default: bool = False,
     ) -> None:
-        self.name = f"transformers {name}"
+        self.name = name
         self._model, self._static = model, static
         self._step: Callable[..., Any] = model if compiled is None else compiled
         self._cache: Any = None
@@ -87,7 +87,8 @@ def transformers_modes(
     ours: PersimmonForCausalLM, weights: dict[str, Tensor], *, compiled: bool, freezing: bool
 ) -> list[Mode]:
     """Eager and sdpa attention with the growing cache (sdpa is what `generate` takes by default), sdpa with a static
-    cache, and that under torch.compile; with `freezing` also with constant weights, which inductor then repacks.
+    cache, and that under torch.compile; with `freezing` also with constant weights, which inductor then repacks. And
+    what `apply_persimmon_fast` makes of the same model, with either cache.
 
     Args:
         weights: of `row_major_weights`.
@@ -102,12 +103,17 @@ def transformers_modes(
             raise
         raise UnavailableError("transformers is not installed: pip install 'transformers>=5.23,<5.24'") from None
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    version = transformers.__version__
+    version = f"transformers {transformers.__version__}"
     eager, sdpa = (_model(ours, weights, implementation) for implementation in ("eager", "sdpa"))
     modes: list[Mode] = [
         TransformersMode(f"{version} eager", eager, in_generate=False),  # left out there to save time
         TransformersMode(f"{version} sdpa", sdpa, is_default=True),
         TransformersMode(f"{version} sdpa, static cache", sdpa, static=True),
+    ]
+    patched = apply_persimmon_fast(_model(ours, ours.state_dict(), "sdpa"))
+    modes += [
+        TransformersMode(f"patched {version}", patched),
+        TransformersMode(f"patched {version}, static cache", patched, static=True),
     ]
     if compiled:
         # on a GPU as its `generate` compiles, with CUDA graphs

@@ -184,6 +184,7 @@ def test_result_holds_every_cell_with_rates_and_limits(quick_run):
         assert names[:2] == ["persimmon_fast, dense", "persimmon_fast, 90% zeros"]
         assert section["transformers_default"] in names
         assert sum(name.startswith("transformers") for name in names) == 3
+        assert sum(name.startswith("patched transformers") for name in names) == 2
         rate = section["read_bytes_per_s"]["median"]
         for variant in section["variants"].values():
             stats = variant["tokens_per_s"]
