@@ -192,6 +192,13 @@ def test_tensors_that_do_not_fit(change: Callable[[dict[str, Tensor]], Any], mat
     refused(files, tmp_path, match)
 
 
+def test_a_norm_of_all_heads_beside_one_of_a_head(tmp_path: Path) -> None:
+    files = contents(SMALL, random_tensors(SMALL, torch.bfloat16))
+    one = Q_NORM.replace(".weight", ".layernorms.0.weight")
+    encoder(files[0])[one] = encoder(files[0])[Q_NORM].clone()
+    refused(files, tmp_path, f"{one}: expected the tensors of a Persimmon with 2 layers, found it")
+
+
 # ---- ranks ----
 
 

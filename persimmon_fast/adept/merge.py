@@ -127,12 +127,11 @@ def _check_names(
 ) -> None:
     """No tensor may be left over: what is not converted would be lost."""
     heads = config.num_attention_heads // len(ranks)
-    known = {names.to_adept(name) for name in ours}
-    known |= {
-        names.per_head(names.to_adept(name), head) for name in ours if names.is_qk_norm(name) for head in range(heads)
-    }
+    whole = {names.to_adept(name) for name in ours}
+    norms = [names.to_adept(name) for name in ours if names.is_qk_norm(name)]
     for rank, tensors in zip(ranks, per_rank, strict=True):
-        unknown = [name for name in tensors if name not in known]
+        own = {names.per_head(name, head) for name in norms if name not in tensors for head in range(heads)}
+        unknown = [name for name in tensors if name not in whole | own]
         if unknown:
             more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
             raise CheckpointMismatchError(
