@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers import FLOOR, max_error
+from helpers import CUDA, EMU, EMU_SM90, FLOOR, backend, max_error
 from hf_helpers import IS_TRANSFORMERS_4, VOCAB_SIZE, hf_config, left_padded, pair, randomised, tokens
 from prompts import PROMPTS
 from torch import nn
@@ -308,6 +308,14 @@ def test_fuyu(monkeypatch):
 
 # ---- generate ----
 
+
+def static_cache(model, length):
+    """For two sequences."""
+    if IS_TRANSFORMERS_4:
+        return StaticCache(model.config, max_batch_size=2, max_cache_len=length)
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
 GENERATE = {
     "greedy": {},
     "static cache": {"cache_implementation": "static"},
@@ -377,10 +385,7 @@ def test_decoding_reads_the_caches_of_transformers_where_they_lie(monkeypatch):
     model, fast = pair()
     ids = tokens(2, 20)
     expected = model(ids).logits
-    caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)]
-    if IS_TRANSFORMERS_4:
-        caches[1] = StaticCache(model.config, max_batch_size=2, max_cache_len=32)
-    for cache in caches:
+    for cache in (DynamicCache(config=model.config), static_cache(model, 32)):
         counts = calls_of(monkeypatch, "paged_attention")
         outputs = []
         for start, stop in [(0, 7), (7, 8), (8, 19), (19, 20)]:
@@ -388,6 +393,27 @@ def test_decoding_reads_the_caches_of_transformers_where_they_lie(monkeypatch):
         assert max_error(torch.cat(outputs, dim=1), expected) < TOLERANCE
         assert counts["paged_attention"] >= 6
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", [EMU, EMU_SM90, CUDA])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_the_cuda_kernels_read_the_caches_of_transformers(name, dtype):
+    """Caches of 8, 9, 20 and 32 keys are pages of that size."""
+    model, fast = pair(hidden_size=128, num_attention_heads=2, num_hidden_layers=1)
+    ids = tokens(2, 24)
+    exact = model(ids).logits
+    model, fast = model.to(dtype), fast.to(dtype)
+    bound = 2 * max_error(model(ids).logits, exact) + FLOOR[dtype] * float(exact.abs().max())
+    with backend(name) as device:
+        fast, ids = fast.to(device), ids.to(device)
+        for cache in (None, DynamicCache(config=model.config), static_cache(model, 32)):
+            if cache is None:
+                steps = [fast(ids, use_cache=False).logits]
+            else:
+                pieces = ids.split([8, 1, 11, 4], dim=1)
+                steps = [fast(piece, past_key_values=cache).logits for piece in pieces]
+            assert max_error(torch.cat(steps, dim=1).cpu(), exact) <= bound
 
 
 # ---- training ----
@@ -512,11 +538,7 @@ def test_compiled_decoding_over_a_static_cache_is_one_graph():
     model, fast = pair()
     ids = tokens(2, 12)
     expected = model(ids).logits
-    cache = (
-        StaticCache(model.config, max_batch_size=2, max_cache_len=32)
-        if IS_TRANSFORMERS_4
-        else StaticCache(config=model.config, max_cache_len=32)
-    )
+    cache = static_cache(model, 32)
     fast(ids[:, :8], past_key_values=cache)
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     before = counters["stats"]["unique_graphs"]
