@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from persimmon_fast import strict_json
+from persimmon_fast.hub import CONFIG_FILES, download_command, folder_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,13 +77,17 @@ class ConfigFile(ABC):
         return _read_file(os.fspath(path), cls.from_dict)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(cls, folder: str | os.PathLike[str], **hub_options: Any) -> Self:
         """The config of a checkpoint folder, `folder/config.json`.
 
+        Args:
+            folder: or a name on the Hugging Face Hub. hub_options: revision, cache_dir, token, local_files_only, as in
+                `hub.folder_of`.
         Raises:
             ConfigError: as `from_json_file`; a folder that does not exist gets a hint how to download one.
+            HubError: a name on the Hub could not be downloaded.
         """
-        return read_config_folder(folder, cls.from_dict)
+        return read_config_folder(folder_of(folder, CONFIG_FILES, **hub_options), cls.from_dict)
 
     def to_json_string(self) -> str:
         """`to_dict` as indented JSON with sorted keys."""
@@ -133,8 +138,8 @@ def download_hint(folder: str) -> str:
     if len(parts) != 2 or not all(parts) or parts[0].startswith("."):
         return ""
     return (
-        f"; is this a name on the Hugging Face Hub? Nothing is downloaded here: run `hf download {folder} "
-        f"--local-dir {parts[1]}` and give that folder"
+        f"; is this a name on the Hugging Face Hub? Nothing is downloaded here: run "
+        f"`{download_command(folder)}` and give that folder"
     )
 
 

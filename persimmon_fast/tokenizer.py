@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from persimmon_fast.hub import TOKENIZER_FILES, folder_of
 from persimmon_fast.streaming import SPACE_MARK, StreamingDecoder, TextStreamer, as_ids
 
 if TYPE_CHECKING:
@@ -106,8 +107,18 @@ class PersimmonTokenizer:
         return given
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **overrides: Any) -> PersimmonTokenizer:
-        """Load `tokenizer.model` or `adept_vocab.model` from a checkpoint folder.
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> PersimmonTokenizer:
+        """Load `tokenizer.model` or `adept_vocab.model` from a checkpoint folder, or by a name on the Hugging Face Hub
+        (which revision and the three after it are for, see `hub.folder_of`).
 
         Special tokens come from the first that names them: `overrides` (keywords of the class),
         `tokenizer_config.json`, `special_tokens_map.json` (both by token text), `generation_config.json`,
@@ -115,9 +126,19 @@ class PersimmonTokenizer:
 
         Raises:
             FileNotFoundError: no such folder, or no sentencepiece model in it.
+            HubError: a name on the Hub could not be downloaded.
             ValueError: a JSON file or the model cannot be read, or names a token the model lacks.
         """
-        folder = Path(folder)
+        folder = Path(
+            folder_of(
+                folder,
+                TOKENIZER_FILES,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder; expected one that holds {' or '.join(MODEL_NAMES)}")
         path = next((folder / name for name in MODEL_NAMES if (folder / name).is_file()), None)

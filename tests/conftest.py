@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test asks the network
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -366,7 +366,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"adept/persimmon-8b-base: folder: .*run `hf download adept/persimmon-8b-base"
     ):
-        PersimmonConfig.from_pretrained("adept/persimmon-8b-base")
+        PersimmonConfig.from_pretrained(Path("adept/persimmon-8b-base"))  # of a path, nothing is downloaded
     with pytest.raises(ConfigError, match=r"folder that holds config.json, found nothing there$"):
         PersimmonConfig.from_pretrained(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"config.json: file: expected a readable file, found No such file"):
