@@ -35,12 +35,14 @@ from persimmon_fast.checkpoint_files import (
 )
 from persimmon_fast.checkpoint_save import save_checkpoint
 from persimmon_fast.checkpoint_tensors import (
+    CLASSIFIER_HEADS,
     DOWN_PROJECTION,
     EMBEDDING,
     HEAD,
     ModelConfig,
     expected_tensors,
     names_in_files,
+    tensors_of_class,
     text_prefix,
 )
 from persimmon_fast.memory import to_neuron_major, use_huge_pages
@@ -57,6 +59,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
+_DECODER = "model."  # what precedes the names of the decoder's tensors
 _SHOWN = 5  # names listed in an error before "and N more"
 _COMPARED = 1000  # names searched for the nearest: a look through 65,000 would take a minute
 _FINITE_CHUNK = 2**24  # elements looked at at once
@@ -71,6 +74,7 @@ def load_checkpoint(
     check_finite: bool = False,
     progress: bool = True,
     heads: Mapping[str, Sequence[int]] | None = None,
+    lm_head: bool = True,
 ) -> dict[str, Tensor]:
     """Loads the weights of a checkpoint folder: safetensors or `pytorch_model*.bin`, one file or shards.
 
@@ -84,6 +88,8 @@ def load_checkpoint(
         check_finite: read all weights and refuse NaN and infinity (after conversion, so that overflow shows).
         progress: whether to show a bar on stderr, if that is a terminal and loading takes over a second.
         heads: shapes (not empty) of tensors expected beyond those of the causal language model, by name.
+        lm_head: False: for a class without `lm_head.weight`. `heads` may then be absent, heads of other classes are
+            left in the file, and names may lack their "model.", as where transformers saves a PersimmonModel.
 
     Returns:
         name -> tensor, in the order of `expected_tensors`, without the harmless buffers of old files, without `lm_head`
@@ -99,12 +105,19 @@ def load_checkpoint(
     """
     folder = os.fspath(folder)
     files = open_checkpoint(folder)
-    expected = expected_tensors(config) | {name: tuple(shape) for name, shape in (heads or {}).items()}
+    expected = tensors_of_class(config, heads, lm_head)
     stored = {name: _name_in(files, names_in_files(config, name)) for name in expected}
-    shapes = {stored[name]: shape for name, shape in expected.items()}
+    if not lm_head:
+        if EMBEDDING.removeprefix(_DECODER) in files:  # transformers' PersimmonModel
+            stored = {name: name.removeprefix(_DECODER) for name in expected}
+        stored = {name: in_file for name, in_file in stored.items() if in_file in files or name not in (heads or {})}
+        head_names = names_in_files(config, text_prefix(config) + HEAD)
+        others = {*head_names, *CLASSIFIER_HEADS} - set(stored.values())
+        files = {name: file for name, file in files.items() if name not in others}
+    shapes = {in_file: expected[name] for name, in_file in stored.items()}
     files = {name: file for name, file in files.items() if name in shapes or not HARMLESS_EXTRAS.search(name)}
     _check_tensors(folder, config, files, shapes)
-    embedding, head = (stored[text_prefix(config) + name] for name in (EMBEDDING, HEAD))
+    embedding, head = (stored.get(text_prefix(config) + name, name) for name in (EMBEDDING, HEAD))
     target = _target_dtype(dtype, config, files[embedding].headers[embedding].dtype)
     if config.get_text_config().tie_word_embeddings and head in files:
         _check_tied_head(files, embedding, head)

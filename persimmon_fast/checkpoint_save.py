@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persimmon_fast.checkpoint_files import FLOAT_DTYPES, CheckpointMismatchError, CheckpointSaveError
-from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, ModelConfig, expected_tensors, text_prefix
+from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, ModelConfig, tensors_of_class, text_prefix
 from persimmon_fast.config_file import CONFIG_NAME
 
 _OWNED = re.compile(r"config\.json|(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
@@ -50,6 +50,7 @@ def save_checkpoint(
     overwrite: bool = False,
     progress: bool = True,
     heads: Mapping[str, tuple[int, ...]] | None = None,
+    lm_head: bool = True,
 ) -> None:
     """Writes config.json and safetensors (shards with an index if above max_shard_size) that transformers loads.
 
@@ -66,6 +67,7 @@ def save_checkpoint(
         overwrite: whether weights and config.json that are in the folder already may be replaced.
         progress: whether to show a bar on stderr, if that is a terminal and saving takes over a second.
         heads: shapes of tensors beyond those of the causal language model, by name.
+        lm_head: False: without `lm_head.weight`, of a class that has none.
 
     Raises:
         CheckpointMismatchError: tensors do not fit the config.
@@ -76,7 +78,7 @@ def save_checkpoint(
     limit = parse_size(max_shard_size)
     warn_if_ours_alone(config, stacklevel=4)
     target = Path(os.path.realpath(folder))
-    tensors = _checked(target, config, tensors, heads or {})
+    tensors = _checked(target, config, tensors, tensors_of_class(config, heads, lm_head))
     kept = _files_to_keep(target, overwrite)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) == 1:
@@ -121,15 +123,14 @@ def parse_size(size: int | str) -> int:
 
 
 def _checked(
-    target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], heads: Mapping[str, tuple[int, ...]]
+    target: Path, config: ModelConfig, tensors: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """The tensors to write, in the order of `expected_tensors`."""
-    expected = expected_tensors(config) | {name: tuple(shape) for name, shape in heads.items()}
+    """The tensors to write, in the order in which they are expected."""
     unexpected = [name for name in tensors if name not in expected]
     if unexpected:
         raise CheckpointMismatchError(str(target), unexpected[0], "no such tensor", f"{len(unexpected)} unexpected")
-    if config.get_text_config().tie_word_embeddings:
-        embedding, head = (text_prefix(config) + name for name in (EMBEDDING, HEAD))
+    embedding, head = (text_prefix(config) + name for name in (EMBEDDING, HEAD))
+    if config.get_text_config().tie_word_embeddings and head in expected:
         del expected[head]
         if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointMismatchError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from persimmon_fast.fuyu_config import FuyuConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+CLASSIFIER_HEADS = ("score.weight", "score.bias")
 LANGUAGE_MODEL = "language_model."  # where Fuyu puts its Persimmon
 DOWN_PROJECTION = ".mlp.dense_4h_to_h.weight"  # the suffix of the one tensor that lies transposed in memory
 
@@ -39,6 +40,16 @@ def names_in_files(config: ModelConfig, name: str) -> tuple[str, ...]:
             if name.startswith(ours):
                 return name, theirs + name.removeprefix(ours)
     return (name,)
+
+
+def tensors_of_class(
+    config: ModelConfig, heads: Mapping[str, Sequence[int]] | None, lm_head: bool
+) -> dict[str, tuple[int, ...]]:
+    """`expected_tensors`, with these shapes beside them, with `lm_head.weight` or without."""
+    result = expected_tensors(config) | {name: tuple(shape) for name, shape in (heads or {}).items()}
+    if not lm_head:
+        del result[text_prefix(config) + HEAD]
+    return result
 
 
 _FUYU_RENAMES = {

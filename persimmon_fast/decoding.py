@@ -153,7 +153,7 @@ class LookupDecoder:
         positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
         embeds = decoder.embed_tokens(torch.tensor(list(itertools.chain(*token_ids)), device=device))
         position_ids = torch.tensor(positions, device=device)
-        hidden, _ = decoder.forward_packed(embeds, position_ids, lengths, max(positions) + 1, self._cache)
+        hidden = decoder.forward_packed(embeds, position_ids, lengths, max(positions) + 1, self._cache)
         return hidden
 
     def _choose(self, hidden: Tensor, active: Sequence[Continuation]) -> list[Choice]:

@@ -17,7 +17,7 @@ from persimmon_fast.checkpoint_tensors import ModelConfig, text_tensors
 from persimmon_fast.config_file import ConfigError
 from persimmon_fast.fuyu_config import FuyuConfig
 from persimmon_fast.kv_cache import PagedKVCache
-from persimmon_fast.model import PersimmonForCausalLM
+from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
 from persimmon_fast.pretrained import PersimmonPreTrainedModel
 
 if TYPE_CHECKING:
@@ -100,6 +100,26 @@ class FuyuForCausalLM(PersimmonPreTrainedModel):
     @generation_config.setter
     def generation_config(self, value: GenerationConfig) -> None:
         self.language_model.generation_config = value
+
+    @property
+    def base_model(self) -> PersimmonModel:
+        return self.language_model.model
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.language_model.lm_head = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        embedding = self.language_model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config = self.config.replace(text_config=self.language_model.config)
+        return embedding
+
+    def _config_to_save(self) -> ModelConfig:
+        return self.config
 
     @classmethod
     def _config_from(cls, stored: ModelConfig) -> FuyuConfig:

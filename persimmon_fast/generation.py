@@ -160,7 +160,7 @@ class GenerationMixin:
     def _prefill(self, prompts: _Prompts, cache: PagedKVCache) -> Tensor:
         """Final hidden state [batch_size, hidden_size] of each prompt's last token."""
         lengths = prompts.lengths
-        hidden, _ = self.model.forward_packed(prompts.embeds, prompts.position_ids, lengths, max(lengths), cache)
+        hidden = self.model.forward_packed(prompts.embeds, prompts.position_ids, lengths, max(lengths), cache)
         return hidden[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
 
 

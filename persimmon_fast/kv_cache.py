@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.memory import empty_huge
+
+if TYPE_CHECKING:
+    from persimmon_fast.padded_attention import PaddedAttention
 
 PAGE_SIZE = 64
 
@@ -38,6 +42,7 @@ class PackedBatch:
     cu_seqlens_q: Tensor  # [batch_size + 1] int32
     max_seqlen_q: int
     slots: CacheSlots | None  # None: no cache
+    padded: PaddedAttention | None = None  # computes attention in place of the kernels
 
 
 class PagedKVCache:

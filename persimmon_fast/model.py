@@ -8,12 +8,13 @@ tokens and cannot change one another. Module and parameter names are those of tr
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TypedDict, cast
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from persimmon_fast import ops, rounded_qkv
 from persimmon_fast.config import PersimmonConfig
@@ -21,8 +22,10 @@ from persimmon_fast.decode_graph import DecodeGraphs
 from persimmon_fast.generation import GenerationMixin
 from persimmon_fast.generation_config import GenerationConfig
 from persimmon_fast.kv_cache import PackedBatch, PagedKVCache
+from persimmon_fast.losses import causal_lm_loss
 from persimmon_fast.outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from persimmon_fast.packing import Packing, checked_seq_len
+from persimmon_fast.padded_attention import PaddedAttention
 from persimmon_fast.pretrained import PersimmonPreTrainedModel
 from persimmon_fast.rope import RotaryTable
 
@@ -91,12 +94,15 @@ class PersimmonAttention(nn.Module):
             rounded_qkv.check_dtype(self.rope_precision, self.query_key_value.weight.dtype)
             qkv_norm_rope, qkv_norm_rope_paged = rounded_qkv.qkv_norm_rope, rounded_qkv.qkv_norm_rope_paged
         dense, projection, input_norm = (self.dense.weight, self.dense.bias), self._projection(batch), _input_norm(norm)
-        starts, seqlen = batch.cu_seqlens_q, batch.max_seqlen_q
+        starts, seqlen, padded = batch.cu_seqlens_q, batch.max_seqlen_q, batch.padded
         if kv is not None and batch.slots is not None:
             k_cache, v_cache, slots = *kv, batch.slots
 
             def over_cache(x: Tensor) -> Tensor:
                 q = qkv_norm_rope_paged(x, *projection, slots.slot_mapping, k_cache, v_cache, **input_norm)
+                if padded is not None:
+                    out = padded.over_cache(q, k_cache, v_cache, slots)
+                    return ops.linear_residual(out.flatten(1), *dense, x)
                 out = ops.paged_attention(
                     q, k_cache, v_cache, slots.page_table, slots.cache_seqlens, cu_seqlens_q=starts, max_seqlen_q=seqlen
                 )
@@ -106,6 +112,8 @@ class PersimmonAttention(nn.Module):
 
         def over_batch(x: Tensor) -> Tensor:
             q, k, v = qkv_norm_rope(x, *projection, **input_norm)
+            if padded is not None:
+                return ops.linear_residual(padded(q, k, v).flatten(1), *dense, x)
             out, _ = ops.flash_attention(
                 q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=seqlen, max_seqlen_k=seqlen
             )
@@ -156,8 +164,13 @@ class PersimmonDecoderLayer(nn.Module):
         return lambda x: mlp(attention(x))
 
 
+_PREFIX = "model."  # of the decoder's tensors in a checkpoint
+
+
 class PersimmonModel(PersimmonPreTrainedModel):
     """Embedding, decoder layers, final LayerNorm."""
+
+    has_lm_head = False
 
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
@@ -172,13 +185,16 @@ class PersimmonModel(PersimmonPreTrainedModel):
                 "kernels per layer and is slower than 'fp32'.",
                 stacklevel=2,
             )
+        self._warned_of_attentions = False
         self._init_weights()
 
     @staticmethod
     def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-        prefix = "model."
-        backbone = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        model.load_state_dict(backbone, strict=True, assign=True)
+        own = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+        model.load_state_dict(own, strict=True, assign=True)
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        return {_PREFIX + name: tensor for name, tensor in self.state_dict().items()}
 
     def forward(
         self,
@@ -188,8 +204,11 @@ class PersimmonModel(PersimmonPreTrainedModel):
         past_key_values: PagedKVCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
-    ) -> BaseModelOutputWithPast:
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Hidden states of a padded batch.
 
         Args:
@@ -199,7 +218,12 @@ class PersimmonModel(PersimmonPreTrainedModel):
             position_ids: [batch_size or 1, seqlen] int64; None: past, past + 1, ...
             past_key_values: the cache of an earlier call, changed in place.
             use_cache: None: config.use_cache, except where gradients are recorded.
-            output_hidden_states: also return the input of every layer and the final output.
+            output_attentions: also return the attention weights of every layer. Attention is then computed in plain
+                torch, in memory that grows with the square of seqlen.
+            output_hidden_states: also return the input of every layer and the final output; one or several indices:
+                those of them alone, None for the others.
+            return_dict: False: return a tuple of what is not None.
+                None for these three: what config.extra says under the same name, else False, False, True.
         Raises:
             ValueError: naming the argument that does not fit.
         """
@@ -208,26 +232,43 @@ class PersimmonModel(PersimmonPreTrainedModel):
         cache = self._cache(embeds, past_key_values, use_cache)
         past = cache.num_columns if cache is not None else 0
         packing = Packing.from_mask(attention_mask, batch_size, seqlen, past)
+        with_weights = bool(self._option("output_attentions", output_attentions))
+        padded = self._padded_attention(packing, attention_mask, cache, with_weights)
         if position_ids is None:
             positions, seq_len = torch.arange(past, past + seqlen, device=embeds.device).unsqueeze(0), past + seqlen
         else:
             positions, seq_len = position_ids, checked_seq_len(position_ids, batch_size, seqlen)
-        x, hidden_states = self.forward_packed(
+        selected = self._selected(self._option("output_hidden_states", output_hidden_states))
+        hidden_states: list[Tensor | None] = []
+
+        def record(x: Tensor) -> Tensor:
+            """What a layer takes is what is returned, so that gradients of the loss reach it."""
+            if len(hidden_states) not in selected:
+                hidden_states.append(None)
+                return x
+            hidden_states.append(padded_x := packing.unpack(x))
+            return packing.pack(padded_x)
+
+        x = self.forward_packed(
             packing.pack(embeds),
             packing.pack(positions.expand(batch_size, -1).contiguous()),
             packing.lengths,
             seq_len,
             cache,
-            output_hidden_states=output_hidden_states,
+            record=record if selected else None,
+            padded=padded,
         )
         if cache is not None:
             cache.num_columns += seqlen
-
-        return BaseModelOutputWithPast(
-            last_hidden_state=packing.unpack(x),
+        last = packing.unpack(x)
+        hidden_states.append(last if len(self.layers) in selected else None)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=last,
             past_key_values=cache,
-            hidden_states=tuple(packing.unpack(h) for h in hidden_states) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if selected else None,
+            attentions=tuple(padded.weights) if padded is not None and with_weights else None,
         )
+        return self._returned(output, return_dict)
 
     def forward_packed(
         self,
@@ -237,11 +278,19 @@ class PersimmonModel(PersimmonPreTrainedModel):
         seq_len: int,
         cache: PagedKVCache | None,
         *,
-        output_hidden_states: bool = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The decoder on packed embeddings x [num_tokens, hidden_size], position_ids [num_tokens]; lengths[b]: tokens
-        of sequence b; seq_len: largest position + 1. Returns the normalised output like x, and the hidden states that
-        were asked for."""
+        record: Block | None = None,
+        padded: PaddedAttention | None = None,
+    ) -> Tensor:
+        """The decoder on packed embeddings.
+
+        Args:
+            x: [num_tokens, hidden_size]; position_ids: [num_tokens].
+            lengths: tokens of each sequence. seq_len: largest position + 1.
+            record: gets the input of each layer and returns what the layer takes.
+            padded: computes attention, and keeps its weights.
+        Returns:
+            The normalised output, like x.
+        """
         cu_seqlens = torch.tensor([0, *lengths], device=x.device).cumsum(0, dtype=torch.int32)
         batch = PackedBatch(
             position_ids=position_ids,
@@ -249,31 +298,30 @@ class PersimmonModel(PersimmonPreTrainedModel):
             cu_seqlens_q=cu_seqlens,
             max_seqlen_q=max(lengths, default=0),
             slots=cache.append(lengths) if cache is not None else None,
+            padded=padded,
         )
-        return self.forward_batch(x, batch, cache, output_hidden_states=output_hidden_states)
+        return self.forward_batch(x, batch, cache, record=record)
 
     def forward_batch(
-        self, x: Tensor, batch: PackedBatch, cache: PagedKVCache | None, *, output_hidden_states: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, batch: PackedBatch, cache: PagedKVCache | None, *, record: Block | None = None
+    ) -> Tensor:
         """`forward_packed` of a batch whose tensors lie on the device already: it neither reads nor makes a value on
         the host, so that it can be captured in a CUDA graph."""
-        hidden_states = []
+        recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            if output_hidden_states:
-                hidden_states.append(x)
-            x = layer(x, batch, (cache.k[index], cache.v[index]) if cache is not None else None)
+            if record is not None:
+                x = record(x)
+            kv = (cache.k[index], cache.v[index]) if cache is not None else None
+            x = checkpoint(layer, x, batch, kv, use_reentrant=False) if recompute else layer(x, batch, kv)
         norm = self.final_layernorm
-        x = ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
-        if output_hidden_states:
-            hidden_states.append(x)
-        return x, hidden_states
+        return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
     def bind(self, batch: PackedBatch, cache: PagedKVCache) -> Block:
         """Token ids [num_tokens] to final hidden states, for the steps of a batch whose tensors stay where they are:
         `forward_batch`, and where no module has a hook the same without calling modules, which costs a CPU whose caches
         are full of weights 0.2 ms per layer."""
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
-            return lambda token_ids: self.forward_batch(self.embed_tokens(token_ids), batch, cache)[0]
+            return lambda token_ids: self.forward_batch(self.embed_tokens(token_ids), batch, cache)
         layers = [
             cast(PersimmonDecoderLayer, layer).bind(batch, (k, v))
             for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True)
@@ -289,6 +337,27 @@ class PersimmonModel(PersimmonPreTrainedModel):
             return ops.layer_norm(x, weight, bias, eps)
 
         return run
+
+    def _selected(self, output_hidden_states: bool | int | Sequence[int] | None) -> frozenset[int]:
+        """Indices of the hidden states that are asked for."""
+        num = len(self.layers) + 1
+        if output_hidden_states is None or isinstance(output_hidden_states, bool):
+            return frozenset(range(num) if output_hidden_states else ())
+        indices = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+        if not all(-num <= i < num for i in indices):
+            raise ValueError(f"output_hidden_states must be indices of {num} hidden states, got {list(indices)}")
+        return frozenset(i % num for i in indices)
+
+    def _padded_attention(
+        self, packing: Packing, mask: Tensor | None, cache: PagedKVCache | None, output_attentions: bool
+    ) -> PaddedAttention | None:
+        """None where the kernels compute attention."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if output_attentions and not self._warned_of_attentions:
+            self._warned_of_attentions = True
+            message = "output_attentions: attention is computed in plain torch, with all its weights in memory"
+            warnings.warn(message, stacklevel=4)
+        return PaddedAttention(packing, mask, cache, dropout) if output_attentions or dropout > 0 else None
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -330,14 +399,15 @@ class PersimmonModel(PersimmonPreTrainedModel):
 class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
     """The language model: decoder and head. `generate` is in generation.py."""
 
+    accepts_loss_kwargs: ClassVar[bool] = True  # transformers' Trainer then passes num_items_in_batch
+
     def __init__(self, config: PersimmonConfig) -> None:
         super().__init__()
         self.config = config
         self.model = PersimmonModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=config.initializer_range)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         self.generation_config = GenerationConfig.from_model_config(config)
         self.decode_graphs = DecodeGraphs()
 
@@ -347,8 +417,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         if model.config.tie_word_embeddings:
             tensors = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
         model.load_state_dict(tensors, strict=True, assign=True)
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie_weights()
 
     def forward(
         self,
@@ -359,30 +428,54 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool = False,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-    ) -> CausalLMOutputWithPast:
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss if labels are given. Arguments as in `PersimmonModel.forward`, and:
 
         Args:
             labels: [batch_size, seqlen] int64, -100: ignored; shifted inside, so labels = input_ids is right.
-            logits_to_keep: logits of the last that many positions, 0: of all; or a 1-D tensor of positions. A 16K
-                prompt's logits are 16 GiB in fp32: ask for what you need.
+            logits_to_keep: which positions get logits; a 16K prompt's are 16 GiB in fp32: ask for what you need.
+                an integer: the last that many, 0: all; negative: all but the first that many;
+                [num_kept] int64: these positions of every sequence; [batch_size, num_kept] int64: of each its own;
+                [batch_size, seqlen] bool: where it is true, and the logits are then [num_true, vocab_size].
+            num_items_in_batch: divides the sum of the loss, which is else a mean: labels that count in the whole batch,
+                where this is a part of it.
         """
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, output_hidden_states
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        rows = hidden[:, kept]
+        rows = _kept_rows(outputs.last_hidden_state, logits_to_keep)
         # as a matrix: frozen weights times a slice of three dimensions would be a product with a copy of the head
-        logits = self.lm_head(rows.flatten(0, 1)).view(*rows.shape[:2], self.config.vocab_size)
-        loss = None
-        if labels is not None:
-            if labels.shape != logits.shape[:2]:
-                raise ValueError(f"labels must be {list(logits.shape[:2])} as the logits, got {list(labels.shape)}")
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states)
+        logits = self.lm_head(rows.flatten(0, -2)).view(*rows.shape[:-1], self.config.vocab_size)
+        loss = causal_lm_loss(logits, labels, num_items_in_batch) if labels is not None else None
+        output = CausalLMOutputWithPast(
+            loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
+        )
+        return self._returned(output, return_dict)
+
+
+def _kept_rows(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The rows of hidden [batch_size, seqlen, hidden_size] that `PersimmonForCausalLM.forward` is to give logits."""
+    if isinstance(logits_to_keep, int):
+        return hidden[:, -logits_to_keep:]
+    if logits_to_keep.dim() != 2:
+        return hidden[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    return hidden.take_along_dim(logits_to_keep[..., None], dim=1)
 
 
 __all__ = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import ClassVar
 
 import pytest
@@ -148,7 +149,16 @@ def test_loss_equals_transformers(pair):
     assert abs(ours(ids, labels=labels).loss.item() - theirs(ids, labels=labels).loss.item()) < TOLERANCE
 
 
-@pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 3])], ids=str)
+KEPT = [
+    0, 1, 5, 20, 100,  # more than there are: all
+    -3,  # all but the first three
+    torch.tensor([0, 3]), torch.tensor([-1, 2]), torch.tensor([], dtype=torch.long),
+    torch.tensor([[0, 3, 19], [4, 4, 1]]),
+    torch.arange(40).view(2, 20) % 3 == 0,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", KEPT, ids=lambda keep: str(keep) if isinstance(keep, int) else f"{list(keep.shape)}")
 def test_logits_to_keep(pair, keep):
     ours, theirs = pair
     ids = random_ids(2, 20)
@@ -156,6 +166,125 @@ def test_logits_to_keep(pair, keep):
     actual = ours(ids, logits_to_keep=keep).logits
     assert actual.shape == expected.shape
     assert max_error(actual, expected) < TOLERANCE
+
+
+def test_logits_to_keep_past_the_last_position(pair):
+    for model in pair:
+        with pytest.raises(IndexError):
+            model(random_ids(2, 20), logits_to_keep=torch.tensor([20]))
+
+
+@pytest.fixture
+def eager(pair):
+    """(ours, theirs), theirs with attention that gives its weights."""
+    pair[1].set_attn_implementation("eager")
+    pair[0].model._warned_of_attentions = True  # `test_attentions_warn_once` looks at it
+    yield pair
+    pair[1].set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right", "holes"])
+def test_attentions_equal_transformers(eager, side):
+    ours, theirs = eager
+    ids, mask = random_ids(3, 70), torch.ones(3, 70, dtype=torch.bool)
+    if side == "left":
+        mask[1, :7], mask[2, :69] = False, False
+    elif side == "right":
+        mask[1, 33:], mask[2, 1:] = False, False
+    elif side == "holes":
+        mask[1, 5:9], mask[2, ::3] = False, False
+    options = {"output_attentions": True, "attention_mask": None if side == "none" else mask.long()}
+    actual, expected = ours(ids, **options), theirs(ids, **options)
+    assert max_error(actual.logits[mask], expected.logits[mask]) < TOLERANCE
+    assert len(actual.attentions) == len(expected.attentions) == 2
+    for a, e in zip(actual.attentions, expected.attentions, strict=True):
+        assert a.shape == e.shape == (3, 3, 70, 70)
+        assert max_error(a.transpose(1, 2)[mask], e.transpose(1, 2)[mask]) < TOLERANCE
+        assert not a.transpose(1, 2)[~mask].any()
+
+
+@pytest.mark.parametrize("cut", [1, 30, 64, 66, 69])
+def test_attentions_over_a_cache_equal_those_of_one_pass(eager, cut):
+    ours, _ = eager
+    ids, mask = random_ids(2, 70), torch.ones(2, 70, dtype=torch.long)
+    mask[0, :20], mask[1, 3:6] = 0, 0
+    whole = ours(ids, attention_mask=mask, output_attentions=True)
+    cache = ours(ids[:, :cut], attention_mask=mask[:, :cut], use_cache=True).past_key_values
+    rest = ours(ids[:, cut:], attention_mask=mask, past_key_values=cache, output_attentions=True)
+    assert max_error(rest.logits[mask[:, cut:].bool()], whole.logits[:, cut:][mask[:, cut:].bool()]) < TOLERANCE
+    for a, e in zip(rest.attentions, whole.attentions, strict=True):
+        assert max_error(a, e[:, :, cut:]) < TOLERANCE
+
+
+def test_attentions_over_a_padded_cache_need_its_mask(eager):
+    ours, _ = eager
+    ids, mask = random_ids(2, 6), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    cache = ours(ids[:, :5], attention_mask=mask, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"needs attention_mask .*the \[4, 5\] tokens of the past 5 columns marked"):
+        ours(ids[:, 5:], past_key_values=cache, output_attentions=True)
+
+
+def test_attentions_warn_once():
+    model = PersimmonForCausalLM(tiny_config()).eval()
+    with pytest.warns(UserWarning, match="output_attentions: attention is computed in plain torch") as caught:
+        _ = [model(random_ids(1, 4), output_attentions=True) for _ in range(3)]
+    assert len(caught) == 1
+
+
+def test_attentions_and_hidden_states_that_are_returned_have_gradients(eager):
+    ours, _ = eager
+    ids, mask = random_ids(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    with torch.enable_grad():
+        out = ours(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+        for tensor in (*out.attentions, *out.hidden_states):
+            tensor.retain_grad()
+        out.logits[mask.bool()].square().sum().backward()
+    for tensor in (*out.attentions, *out.hidden_states):
+        assert tensor.grad.abs().max() > 0
+    ours.zero_grad(set_to_none=True)
+
+
+def test_dropout_of_attention_is_applied_in_training_alone():
+    model = PersimmonModel(tiny_config(attention_dropout=0.5))
+    ids = random_ids(2, 30)
+    plain = model.eval()(ids).last_hidden_state
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = (model.train()(ids).last_hidden_state for _ in range(2))
+    assert max_error(first, second) > 100 * TOLERANCE
+    assert max_error(model.eval()(ids).last_hidden_state, plain) == 0
+    assert model.train()(ids).attentions is None
+
+
+@pytest.mark.parametrize("selected", [-1, [1], [0, -1], [0], 2])
+def test_some_hidden_states_equal_transformers(pair, selected):
+    ours, theirs = pair
+    ids = random_ids(2, 9)
+    expected = theirs(ids, output_hidden_states=selected).hidden_states
+    actual = ours(ids, output_hidden_states=selected).hidden_states
+    assert [h is None for h in actual] == [h is None for h in expected]
+    for a, e in zip(actual, expected, strict=True):
+        assert a is None or max_error(a, e) < TOLERANCE
+
+
+def test_options_of_the_config(ours):
+    model = PersimmonForCausalLM(ours.config.replace(extra={"output_hidden_states": True, "return_dict": False})).eval()
+    ids = random_ids(1, 4)
+    logits, cache, hidden_states = model(ids)
+    assert isinstance(cache, PagedKVCache)
+    assert logits.shape == (1, 4, 160)
+    assert len(hidden_states) == 3
+    assert list(model(ids, output_hidden_states=False, return_dict=True)) == ["logits", "past_key_values"]
+
+
+def test_output_is_a_dict_that_follows_its_attributes(ours):
+    out = ours(random_ids(1, 3))
+    out.loss = torch.tensor(2.0)
+    assert out.to_tuple()[0] is out["loss"] is out.loss
+    out["logits"] = None
+    assert "logits" not in out
+    assert out.logits is None
+    assert dict(copy.deepcopy(out)).keys() == out.keys()
 
 
 def test_logits_of_the_last_token_copy_no_weight():
@@ -178,7 +307,7 @@ def test_logits_of_the_last_token_copy_no_weight():
 
 def test_output_access(ours):
     out = ours(random_ids(1, 3))
-    assert out.keys() == ["logits", "past_key_values"]
+    assert list(out) == ["logits", "past_key_values"]
     assert out["logits"] is out.logits is out[0]
     assert out[:1] == (out.logits,)
     with pytest.raises(KeyError):
@@ -244,6 +373,7 @@ def test_backbone_equals_the_model_inside(ours):
         ({"position_ids": torch.tensor([[0, 1, 2, 256]])}, "position 256 is past this model's last position 255"),
         ({"position_ids": torch.tensor([[0, -1, 2, 3]])}, "position_ids must be >= 0, got -1"),
         ({"labels": torch.zeros(1, 3, dtype=torch.long)}, r"labels must be \[1, 4\] as the logits, got \[1, 3\]"),
+        ({"output_hidden_states": 3}, r"output_hidden_states must be indices of 3 hidden states, got \[3\]"),
         ({"past_key_values": "x"}, "past_key_values must be a PagedKVCache, got str"),
     ],
 )

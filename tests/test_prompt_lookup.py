@@ -353,7 +353,7 @@ def test_cut_into_a_shared_page_leaves_the_other_owner_alone(tiny):
     positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
     with torch.no_grad():
         embeds = tiny.model.embed_tokens(torch.cat(new))
-        hidden, _ = tiny.model.forward_packed(embeds, positions, lengths, 256, cache)
+        hidden = tiny.model.forward_packed(embeds, positions, lengths, 256, cache)
         for row, states in enumerate(hidden.split(lengths)):
             alone = tiny.model(torch.cat([ids[0, : starts[row]], new[row]])[None]).last_hidden_state[0, starts[row] :]
             assert max_error(states, alone) < 1e-4
