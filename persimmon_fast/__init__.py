@@ -12,14 +12,17 @@ from persimmon_fast.version import __version__
 
 if TYPE_CHECKING:
     from persimmon_fast.checkpoint import CheckpointError
+    from persimmon_fast.classification import PersimmonForSequenceClassification, PersimmonForTokenClassification
     from persimmon_fast.config import PersimmonConfig
     from persimmon_fast.fuyu import FuyuForCausalLM
     from persimmon_fast.fuyu_config import FuyuConfig
     from persimmon_fast.generation import GenerateOutput
     from persimmon_fast.generation_config import GenerationConfig
+    from persimmon_fast.hub import HubError
     from persimmon_fast.integrations.transformers import apply_persimmon_fast, revert
     from persimmon_fast.kv_cache import PagedKVCache
     from persimmon_fast.model import PersimmonForCausalLM, PersimmonModel
+    from persimmon_fast.pretrained import PersimmonPreTrainedModel
     from persimmon_fast.tokenizer import PersimmonTokenizer, TextStreamer
 
 SMALL_MODEL = Path(__file__).parent / "assets" / "persimmon-small"
@@ -32,10 +35,14 @@ _HOME = {
     "FuyuForCausalLM": "fuyu",
     "GenerateOutput": "generation",
     "GenerationConfig": "generation_config",
+    "HubError": "hub",
     "PagedKVCache": "kv_cache",
     "PersimmonConfig": "config",
     "PersimmonForCausalLM": "model",
+    "PersimmonForSequenceClassification": "classification",
+    "PersimmonForTokenClassification": "classification",
     "PersimmonModel": "model",
+    "PersimmonPreTrainedModel": "pretrained",
     "PersimmonTokenizer": "tokenizer",
     "TextStreamer": "tokenizer",
     "revert": "integrations.transformers",
@@ -48,10 +55,14 @@ __all__ = [
     "FuyuForCausalLM",
     "GenerateOutput",
     "GenerationConfig",
+    "HubError",
     "PagedKVCache",
     "PersimmonConfig",
     "PersimmonForCausalLM",
+    "PersimmonForSequenceClassification",
+    "PersimmonForTokenClassification",
     "PersimmonModel",
+    "PersimmonPreTrainedModel",
     "PersimmonTokenizer",
     "TextStreamer",
     "__version__",

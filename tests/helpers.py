@@ -147,12 +147,11 @@ def tiny_config(**changes: object) -> PersimmonConfig:
     return PersimmonConfig(**(values | changes))
 
 
-def hf_model(config: PersimmonConfig, seed: int = 0) -> Any:
-    """transformers' PersimmonForCausalLM in fp32 with every parameter random, biases and LayerNorms included."""
-    from transformers import PersimmonConfig as HFConfig
-    from transformers import PersimmonForCausalLM as HFModel
+def hf_model(config: PersimmonConfig, seed: int = 0, kind: str = "PersimmonForCausalLM") -> Any:
+    """transformers' class of that name in fp32 with every parameter random, biases and LayerNorms included."""
+    import transformers
 
-    model = HFModel(HFConfig(**config.to_dict())).eval()
+    model = getattr(transformers, kind)(transformers.PersimmonConfig(**config.to_dict())).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
