@@ -111,9 +111,16 @@ class FuyuForCausalLM(PersimmonPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
+    def tie_weights(self) -> None:
+        self.language_model.tie_weights()
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
+        """As of the language model. The placeholder token must stay."""
+        image_token_id = self.config.image_token_id
+        if new_num_tokens is not None and new_num_tokens <= image_token_id:
+            raise ValueError(f"image_token_id {image_token_id} is past a vocabulary of {new_num_tokens} tokens")
         embedding = self.language_model.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config = self.config.replace(text_config=self.language_model.config)
         return embedding

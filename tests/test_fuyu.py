@@ -154,6 +154,23 @@ def test_default_config_is_fuyu_8b():
         assert FuyuForCausalLM(FuyuConfig()).num_parameters() == 9_397_175_296 + 2700 * 4096 + 4096
 
 
+def test_embeddings_are_those_of_the_language_model():
+    model = FuyuForCausalLM(tiny_fuyu(tie_word_embeddings=True)).eval()
+    text = model.language_model
+    assert model.get_input_embeddings() is text.model.embed_tokens
+    assert model.get_output_embeddings() is text.lm_head
+    model.set_input_embeddings(torch.nn.Embedding(160, 48))
+    assert text.lm_head.weight is text.model.embed_tokens.weight
+    ids, mask, patches = batch(IMAGES)
+    before = model(ids, attention_mask=mask, image_patches=patches).logits
+    model.resize_token_embeddings(170)
+    assert model.config.text_config.vocab_size == text.config.vocab_size == 170
+    after = model(ids, attention_mask=mask, image_patches=patches).logits
+    assert max_error(after[..., :160], before) < TOLERANCE
+    with pytest.raises(ValueError, match="image_token_id 7 is past a vocabulary of 7 tokens"):
+        model.resize_token_embeddings(7)
+
+
 # ---- generation ----
 
 

@@ -11,7 +11,14 @@ from fuyu_helpers import IMAGE, batch, file_name, hf_fuyu, joined, ours_like, ti
 from helpers import max_error, randn
 from safetensors.torch import load_file, save_file
 
-from persimmon_fast import CheckpointError, FuyuConfig, FuyuForCausalLM, PersimmonConfig, PersimmonForCausalLM
+from persimmon_fast import (
+    CheckpointError,
+    FuyuConfig,
+    FuyuForCausalLM,
+    PersimmonConfig,
+    PersimmonForCausalLM,
+    PersimmonForSequenceClassification,
+)
 from persimmon_fast.config import ConfigError
 from persimmon_fast.model import PersimmonModel
 
@@ -137,6 +144,12 @@ def test_checkpoints_go_both_ways_bit_for_bit(tmp_path, tied):
     assert (ours.language_model.lm_head.weight is ours.language_model.model.embed_tokens.weight) == tied
 
 
+def test_save_and_load_take_changes_of_the_config(tmp_path):
+    FuyuForCausalLM(tiny_fuyu()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["FuyuForCausalLM"]
+    assert FuyuForCausalLM.from_pretrained(tmp_path, image_token_id=9).config.image_token_id == 9
+
+
 @pytest.mark.parametrize("form", ["files", "modules", "mixed"])
 def test_old_and_new_names_load(tmp_path, form):
     config = tiny_fuyu(dtype="bfloat16", eos_token_id=9)
@@ -164,6 +177,9 @@ def test_persimmon_is_loaded_out_of_a_fuyu_folder(tmp_path):
     assert max_error(text(inputs_embeds=text.model.embed_tokens(ids)).logits, expected) < TOLERANCE
     backbone = PersimmonModel.from_pretrained(tmp_path / "fuyu")
     assert torch.equal(backbone(ids).last_hidden_state, text.model(ids).last_hidden_state)
+    with pytest.warns(UserWarning, match=r"has no score.weight: random now"):
+        classifier = PersimmonForSequenceClassification.from_pretrained(tmp_path / "fuyu", num_labels=3)
+    assert classifier.score.weight.shape == (3, 48)
     text.save_pretrained(tmp_path / "text")
     assert json.loads((tmp_path / "text" / "config.json").read_text())["model_type"] == "persimmon"
     with pytest.raises(ConfigError, match="model_type: expected 'fuyu', found 'persimmon'"):
