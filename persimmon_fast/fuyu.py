@@ -111,9 +111,6 @@ class FuyuForCausalLM(PersimmonPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
-    def tie_weights(self) -> None:
-        self.language_model.tie_weights()
-
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
