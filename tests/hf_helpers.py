@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from persimmon_fast import apply_persimmon_fast
+from persimmon_fast import apply_persimmon_fast, ops
 
 IS_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) == 4
 VOCAB_SIZE = 160
@@ -55,3 +55,19 @@ def left_padded(batch_size: int, seqlen: int) -> tuple[Tensor, Tensor]:
     for row in range(batch_size):
         ids[row, :row], mask[row, :row] = 0, 0
     return ids, mask
+
+
+def calls_of(monkeypatch: Any, *names: str) -> dict[str, int]:
+    """Counts the calls of these ops from now on."""
+    counts = dict.fromkeys(names, 0)
+
+    def counting(name, op):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
+    return counts

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers import CUDA, EMU, EMU_SM90, FLOOR, backend, max_error
-from hf_helpers import IS_TRANSFORMERS_4, VOCAB_SIZE, hf_config, left_padded, pair, randomised, tokens
+from hf_helpers import IS_TRANSFORMERS_4, VOCAB_SIZE, calls_of, hf_config, left_padded, pair, randomised, tokens
 from prompts import PROMPTS
 from torch import nn
 from transformers import (
@@ -36,22 +36,6 @@ TOLERANCE = 2e-5  # fp32, logits of about 10
 def no_reference(monkeypatch):
     """The kernels run, not their definitions in torch."""
     monkeypatch.setattr(ops, "_warn_once", lambda message: pytest.fail(f"a slow path: {message}"))
-
-
-def calls_of(monkeypatch, *names: str) -> dict[str, int]:
-    """Counts the calls of these ops from now on."""
-    counts = dict.fromkeys(names, 0)
-
-    def counting(name, op):
-        def call(*args, **kwargs):
-            counts[name] += 1
-            return op(*args, **kwargs)
-
-        return call
-
-    for name in names:
-        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
-    return counts
 
 
 # ---- the shipped model ----

@@ -129,8 +129,9 @@ def _call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _lay_out(mlp: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
-    """Sets the memory order of a plain down-projection; the parameter stays the object that an optimizer may hold."""
-    down: Any = mlp.dense_4h_to_h
+    """Sets the memory order of a plain down-projection, below an adapter too (PEFT's `base_layer`), which may be merged
+    one day; the parameter stays the object that an optimizer may hold."""
+    down: Any = getattr(mlp.dense_4h_to_h, "base_layer", mlp.dense_4h_to_h)
     if _is_plain(down) and not down.weight.is_meta:
         with torch.no_grad():
             down.weight.data = order(down.weight.data)
