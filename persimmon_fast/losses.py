@@ -27,10 +27,19 @@ def cross_entropy(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | i
     return loss / (num_items_in_batch.to(loss.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """Cross-entropy of each position's logits [batch_size, seqlen, vocab_size] with the label after it."""
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels must be {list(logits.shape[:-1])} as the logits, got {list(labels.shape)}")
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of each position's logits [batch_size, seqlen, vocab_size] with the label after it; with
+    shift_labels, [batch_size, seqlen] too, with its own of them."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is not None and given.shape != logits.shape[:-1]:
+            raise ValueError(f"{name} must be {list(logits.shape[:-1])} as the logits, got {list(given.shape)}")
+    if shift_labels is not None:
+        return cross_entropy(logits, shift_labels, num_items_in_batch)
     return cross_entropy(logits[:, :-1], labels[:, 1:], num_items_in_batch)
 
 

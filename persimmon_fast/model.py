@@ -434,6 +434,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss if labels are given. Arguments as in `PersimmonModel.forward`, and:
 
@@ -445,6 +446,8 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
                 [batch_size, seqlen] bool: where it is true, and the logits are then [num_true, vocab_size].
             num_items_in_batch: divides the sum of the loss, which is else a mean: labels that count in the whole batch,
                 where this is a part of it.
+            shift_labels: like labels and beside them, the label of each position itself: of a part of a sequence, whose
+                last label is that of the next part.
         """
         outputs = self.model(
             input_ids,
@@ -460,7 +463,7 @@ class PersimmonForCausalLM(PersimmonPreTrainedModel, GenerationMixin):
         rows = _kept_rows(outputs.last_hidden_state, logits_to_keep)
         # as a matrix: frozen weights times a slice of three dimensions would be a product with a copy of the head
         logits = self.lm_head(rows.flatten(0, -2)).view(*rows.shape[:-1], self.config.vocab_size)
-        loss = causal_lm_loss(logits, labels, num_items_in_batch) if labels is not None else None
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch, shift_labels)
         output = CausalLMOutputWithPast(
             loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions
         )

@@ -228,6 +228,23 @@ def test_language_model_loss_and_gradients_equal_transformers(num_items):
     assert_same_gradients(ours, theirs, losses)
 
 
+def test_labels_that_are_shifted_already():
+    config = tiny_config()
+    theirs, ours = hf_model(config), PersimmonForCausalLM(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    ids, _ = padded_ids("right", (9, 9, 9))
+    shifted = torch.cat([ids[:, 1:], torch.full((3, 1), -100)], 1)
+    with torch.no_grad():
+        plain = ours(ids, labels=ids).loss
+        assert max_error(ours(ids, labels=ids, shift_labels=shifted).loss, plain) < TOLERANCE
+        shifted[:, -1] = 5  # the label of the token after these
+        expected = theirs(ids, labels=ids, shift_labels=shifted).loss
+        assert max_error(ours(ids, labels=ids, shift_labels=shifted).loss, expected) < TOLERANCE
+        assert max_error(plain, expected) > 100 * TOLERANCE
+        with pytest.raises(ValueError, match=r"shift_labels must be \[3, 9\] as the logits, got \[3, 8\]"):
+            ours(ids, labels=ids, shift_labels=shifted[:, :8])
+
+
 def test_parts_of_a_batch_weigh_every_label_alike():
     logits = torch.randn(4, 6, 11, generator=torch.Generator().manual_seed(1))
     labels = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(2))
