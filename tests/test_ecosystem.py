@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from adept_helpers import sentencepiece_model
-from hf_helpers import IS_TRANSFORMERS_4, calls_of, hf_config, randomised
+from hf_helpers import IS_TRANSFORMERS_4, calls_of, hf_config, randomised, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, PersimmonForCausalLM, pipeline
 
 from persimmon_fast import SMALL_MODEL, PersimmonTokenizer, apply_persimmon_fast, ops
@@ -139,6 +139,31 @@ def test_text_classification_pipeline(tokenizer, calls):
     assert [one["label"] for one in actual] == [one["label"] for one in expected]
     assert [one["score"] for one in actual] == pytest.approx([one["score"] for one in expected], abs=1e-5)
     assert calls["squared_relu_mlp"] == NUM_LAYERS * len(PROMPTS)
+
+
+def test_trainer(tmp_path, calls):
+    """Same losses while it trains, in transformers' own code; evaluation between the steps runs the kernels."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in tokens(8, 12)]
+    histories = []
+    for patch in (lambda model: model, apply_persimmon_fast):
+        arguments = TrainingArguments(
+            output_dir=tmp_path, max_steps=4, per_device_train_batch_size=2, per_device_eval_batch_size=4,
+            logging_steps=1, eval_strategy="steps", eval_steps=2, learning_rate=1e-3, save_strategy="no",
+            report_to=[], use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        model = patch(randomised(PersimmonForCausalLM(hf_config())))
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+        before = calls["squared_relu_mlp"]
+        trainer.train()
+        histories.append([log[key] for log in trainer.state.log_history for key in ("loss", "eval_loss") if key in log])
+    assert before == 0
+    assert calls["squared_relu_mlp"] == NUM_LAYERS * 2 * 2  # two evaluations of two batches
+    assert len(histories[0]) == 6
+    assert histories[0][-1] < histories[0][2]  # of the evaluations; it learns
+    assert histories[1] == pytest.approx(histories[0], rel=1e-4)
 
 
 # ---- lm-evaluation-harness ----
