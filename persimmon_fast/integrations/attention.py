@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from persimmon_fast import ops
 
@@ -99,9 +101,18 @@ def _may_hide_keys(mask: Tensor | None, q_offset: int | Tensor, q_length: int) -
     """Whether a padding mask may be false at a key that causality shows. A graph cannot ask for the values."""
     if mask is None:
         return False
-    if torch.compiler.is_compiling():
+    if _is_tracing(mask):
         return True
     return not bool(mask.all()) or mask.shape[1] < int(q_offset) + q_length
+
+
+def _is_tracing(x: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or isinstance(x, FakeTensor)
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def key_ranges(batch_size: int, q_length: int, num_keys: int | Tensor, device: torch.device | str) -> Tensor:
@@ -111,7 +122,14 @@ def key_ranges(batch_size: int, q_length: int, num_keys: int | Tensor, device: t
 
 
 def is_key_ranges(mask: Tensor | None) -> bool:
-    return mask is not None and mask.dtype == torch.int32
+    return mask is not None and mask.dtype == torch.int32 and mask.shape[:3] == (1, 1, 3)
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether a gradient is recorded of x, or forward-mode differentiation carries one along (torch.func.jvp)."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return True
+    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def attention(
@@ -132,11 +150,14 @@ def attention(
         attention_mask: as this module's `attention_mask` made it, or a dense one of the caller.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     runs_kernel = (
-        (attention_mask is None or is_key_ranges(attention_mask))
+        (is_causal if attention_mask is None else is_key_ranges(attention_mask))
         and dropout == 0.0
         and not kwargs.get("output_attentions")
-        and not (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and not any(is_differentiated(x) for x in (query, key, value))
         and ops.has_kernels(query, "flash_attention", "paged_attention", head_dim=query.shape[-1])
         and query.dtype == key.dtype
         and query.dtype in (torch.float32, torch.float16, torch.bfloat16)

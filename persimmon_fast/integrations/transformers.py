@@ -12,6 +12,7 @@ quantised weights, adapters (PEFT), offloaded weights, autocast, training.
 from __future__ import annotations
 
 import functools
+import sys
 import types
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kept in the __dict__ of what is patched, so that a deep copy of a model is a patched model that can be reverted.
 _ORIGINAL = "_persimmon_fast_original"  # of a module: the forward that its __dict__ held before, or None
 _ORIGINAL_ATTENTION = "_persimmon_fast_original_attention"  # of a backbone: the name of its attention before
+_REPLICATE = "_replicate_for_data_parallel"  # what nn.DataParallel calls
 _warned: set[str] = set()
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,7 +68,7 @@ def apply_persimmon_fast(model: Model) -> Model:
     for module in modules:
         if isinstance(module, hf.PersimmonAttention):
             _rebind(module, _attention_forward)
-        elif isinstance(module, hf.PersimmonMLP) and type(module.act).__name__ == "ReLUSquaredActivation":
+        elif isinstance(module, hf.PersimmonMLP) and _is_squared_relu(module.act):
             _rebind(module, _mlp_forward)
             _lay_out(module, ops.to_neuron_major)
     return model
@@ -110,10 +112,12 @@ def _rebind(module: nn.Module, forward: Callable[..., Any]) -> None:
     slot = _slot(module)
     module.__dict__[_ORIGINAL] = None if _is_class_forward(module, slot) else module.__dict__[slot]
     module.__dict__[slot] = functools.partial(forward, module)
+    module.__dict__[_REPLICATE] = functools.partial(_replicate, module)
 
 
 def _unbind(module: nn.Module) -> None:
     slot = _slot(module)
+    module.__dict__.pop(_REPLICATE, None)
     original = module.__dict__.pop(_ORIGINAL)
     if original is not None:
         module.__dict__[slot] = original
@@ -121,6 +125,17 @@ def _unbind(module: nn.Module) -> None:
         module.__dict__.pop(slot, None)
     else:
         module.__dict__[slot] = types.MethodType(type(module).forward, module)
+
+
+def _replicate(module: nn.Module) -> nn.Module:
+    """A replica of nn.DataParallel. Its __dict__ is copied, and the forward in it would read the weights of `module`,
+    which lie on another device."""
+    replica: nn.Module = type(module)._replicate_for_data_parallel(module)
+    slot = _slot(module)
+    forward = module.__dict__[slot]
+    if isinstance(forward, functools.partial) and forward.args == (module,):
+        replica.__dict__[slot] = functools.partial(forward.func, replica)
+    return replica
 
 
 def _call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -140,30 +155,44 @@ def _lay_out(mlp: nn.Module, order: Callable[[Tensor], Tensor]) -> None:
 # ---- what runs our kernels ----
 
 
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a linear layer is nothing but its weight and bias, which a fused kernel may then read itself."""
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a layer is nothing but its weight and bias, which a fused kernel may then read itself."""
     return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and _is_class_forward(linear, "forward")  # no wrapper, as accelerate makes
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
+        type(module) is kind
+        and type(module.weight) is nn.Parameter
+        and _is_class_forward(module, "forward")  # no wrapper, as accelerate makes
+        and not _is_hooked(module)
     )
 
 
-def _are_plain(*linears: nn.Module) -> bool:
-    for linear in linears:
-        if not _is_plain(linear):
-            kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            weight = getattr(linear, "weight", None)
-            if kind == "torch.nn.modules.linear.Linear" and type(weight) is not nn.Parameter:
-                kind += f" with a weight of type {type(weight).__name__}"
+def _are_plain(*modules: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    for module in modules:
+        if not _is_plain(module, kind):
+            name = f"{type(module).__module__}.{type(module).__qualname__}"
+            weight = getattr(module, "weight", None)
+            if type(module) is kind and type(weight) is not nn.Parameter:
+                name += f" with a weight of type {type(weight).__name__}"
             _warn_once(
-                f"apply_persimmon_fast: a {kind} is no plain nn.Linear (quantised, adapted, offloaded or hooked): it "
-                "is called as it is, and the kernels that would read its weights are not used around it."
+                f"apply_persimmon_fast: a {name} is no plain nn.{kind.__name__} (quantised, adapted, offloaded or "
+                "hooked): it is called as it is, and the kernels that would read its weights are not used around it."
             )
             return False
     return True
+
+
+def _are_plain_norms(q_norm: Any, k_norm: Any, x: Tensor) -> bool:
+    return (
+        _are_plain(q_norm, k_norm, kind=nn.LayerNorm)
+        and q_norm.bias is not None
+        and k_norm.bias is not None
+        and q_norm.eps == k_norm.eps
+        and _is_like(q_norm.weight, x)
+        and _is_like(k_norm.weight, x)
+    )
 
 
 def _warn_once(message: str) -> None:
@@ -174,19 +203,30 @@ def _warn_once(message: str) -> None:
 
 def _is_inference(module: nn.Module, x: Tensor) -> bool:
     """Whether this call may leave transformers' own code: no gradient is recorded, the dtype is one of ours."""
-    if module.training or x.dtype not in _KERNEL_DTYPES or torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if module.training or x.dtype not in _KERNEL_DTYPES:
         return False
-    return not (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())))
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return False
+    if attention.is_differentiated(x):
+        return False
+    return not (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters()))
 
 
 def _is_like(weight: Tensor, x: Tensor) -> bool:
     return weight.dtype == x.dtype and weight.device == x.device
 
 
+def _is_squared_relu(activation: nn.Module) -> bool:
+    return type(activation).__name__ == "ReLUSquaredActivation"
+
+
 def _mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
     up, down = module.dense_h_to_4h, module.dense_4h_to_h
     if not (
         _is_inference(module, hidden_states)
+        and _is_squared_relu(module.act)
+        and not _is_hooked(module.act)
         and ops.has_kernels(hidden_states, "squared_relu_mlp")
         and _are_plain(up, down)
         and _is_like(up.weight, hidden_states)
@@ -197,29 +237,20 @@ def _mlp_forward(module: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _attention_forward(
-    module: Any,
-    hidden_states: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
+    module: Any, hidden_states: Tensor, *positional: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    norms = (module.q_layernorm, module.k_layernorm) if module.qk_layernorm else ()
+    position_embeddings = kwargs.get("position_embeddings")
     if (
-        position_embeddings is None
+        positional  # whose order is that of the version of transformers
+        or position_embeddings is None
         or not _is_inference(module, hidden_states)
         or not ops.has_kernels(hidden_states, "qkv_norm_rope", "qk_norm_rope", head_dim=module.head_dim)
-        or not all(_is_like(norm.weight, hidden_states) for norm in norms)
+        or (module.qk_layernorm and not _are_plain_norms(module.q_layernorm, module.k_layernorm, hidden_states))
     ):
-        return _call_original(
-            module,
-            hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        return _call_original(module, hidden_states, *positional, **kwargs)
+    for name in ("position_embeddings", "position_ids", "use_cache"):  # not for the attention implementation
+        kwargs.pop(name, None)
+    attention_mask, past_key_values = kwargs.pop("attention_mask", None), kwargs.pop("past_key_values", None)
     batch_size, q_length, _ = hidden_states.shape
     query, key, value = (
         x.view(batch_size, q_length, module.num_heads, module.head_dim).transpose(1, 2)
@@ -313,3 +344,9 @@ _MASKS: dict[str, Callable[..., Tensor | None]] = {
 
 def _masks_of_transformers_4(backbone: nn.Module) -> list[str]:
     return [name for name in _MASKS if hasattr(type(backbone), name)]
+
+
+# A pickle of a patched model imports this file in a process that may never have patched one. (transformers is there:
+# the model's class comes before what is in it.)
+if "transformers" in sys.modules:
+    attention.register()
