@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from persimmon_fast import ops
 
 NAME = "persimmon_fast"
+WANTS_WEIGHTS = "persimmon_fast_wants_weights"  # keyword of a call, as output_attentions is
 
 
 @functools.cache
@@ -79,7 +80,7 @@ def attention_mask(
         device = torch.device("cpu" if device is None else device)
         position = {"q_length": q_length, "q_offset": q_offset, "device": device}
     is_causal = mask_function in (None, causal_mask_function) and kv_offset == 0
-    if not is_causal or _may_hide_keys(attention_mask, q_offset, q_length):
+    if not is_causal or may_hide_keys(attention_mask, q_offset, q_length):
         # None would be read as causal, so nothing may be skipped
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         dense: Tensor = AttentionMaskInterface()["sdpa"](
@@ -97,7 +98,7 @@ def attention_mask(
     return key_ranges(batch_size, q_length, q_offset + q_length, device)
 
 
-def _may_hide_keys(mask: Tensor | None, q_offset: int | Tensor, q_length: int) -> bool:
+def may_hide_keys(mask: Tensor | None, q_offset: int | Tensor, q_length: int) -> bool:
     """Whether a padding mask may be false at a key that causality shows. A graph cannot ask for the values."""
     if mask is None:
         return False
@@ -156,7 +157,7 @@ def attention(
     runs_kernel = (
         (is_causal if attention_mask is None else is_key_ranges(attention_mask))
         and dropout == 0.0
-        and not kwargs.get("output_attentions")
+        and not _wants_weights(kwargs)
         and not any(is_differentiated(x) for x in (query, key, value))
         and ops.has_kernels(query, "flash_attention", "paged_attention", head_dim=query.shape[-1])
         and query.dtype == key.dtype
@@ -165,6 +166,10 @@ def attention(
     if runs_kernel:
         return _kernel_attention(query, key, value, attention_mask, scale), None
     return _torch_attention(module, query, key, value, attention_mask, scale, dropout, **kwargs)
+
+
+def _wants_weights(kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("output_attentions") or kwargs.get(WANTS_WEIGHTS))
 
 
 def _kernel_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -200,7 +205,9 @@ def _torch_attention(
     if is_key_ranges(mask):
         assert mask is not None
         mask = _dense(mask, query.shape[2], key.shape[2])
-    if not kwargs.pop("output_attentions", False):
+    wants_weights = _wants_weights(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("output_attentions", WANTS_WEIGHTS)}
+    if not wants_weights:
         return implementation("sdpa")(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)
     if mask is None:
         q_length = query.shape[2]

@@ -240,6 +240,9 @@ def _attention_forward(
     module: Any, hidden_states: Tensor, *positional: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     position_embeddings = kwargs.get("position_embeddings")
+    if module.config._attn_implementation == attention.NAME:
+        # transformers' own forward keeps output_attentions to itself, and its eager attention needs no word of it
+        kwargs[attention.WANTS_WEIGHTS] = kwargs.get("output_attentions") or module.config.output_attentions
     if (
         positional  # whose order is that of the version of transformers
         or position_embeddings is None
@@ -294,6 +297,13 @@ def _project(module: Any, hidden_states: Tensor, position_embeddings: tuple[Tens
 # ---- masks of transformers 4, whose Persimmon makes them itself and asks no mask interface ----
 
 
+def _hides_keys(mask: Tensor | None, cache_position: Tensor) -> bool:
+    """Whether a mask of the caller is more than ones. Our mask function need not see one that is."""
+    if mask is None:
+        return False
+    return mask.dim() != 2 or attention.may_hide_keys(mask, cache_position[0], cache_position.shape[0])
+
+
 def _update_causal_mask(
     backbone: Any,
     attention_mask: Tensor | None,
@@ -303,7 +313,10 @@ def _update_causal_mask(
     output_attentions: bool = False,
 ) -> Tensor | None:
     mask: Tensor | None
-    if backbone.config._attn_implementation == attention.NAME:
+    hides_keys = attention_mask is not None and (
+        attention_mask.dim() != 2 or attention.may_hide_keys(attention_mask, cache_position[0], cache_position.shape[0])
+    )
+    if backbone.config._attn_implementation == attention.NAME and not hides_keys:
         from transformers.masking_utils import create_causal_mask
 
         mask = create_causal_mask(
@@ -323,7 +336,7 @@ def _update_causal_mask(
 
 
 def _static_cache_mask(backbone: Any, given: Tensor | None, **kwargs: Any) -> Tensor | None:
-    if backbone.config._attn_implementation == attention.NAME and (given is None or given.dim() == 2):
+    if backbone.config._attn_implementation == attention.NAME and not _hides_keys(given, kwargs["cache_position"]):
         mask = attention.attention_mask(
             kwargs["batch_size"],
             kv_length=kwargs["target_length"],
