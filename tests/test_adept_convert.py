@@ -318,6 +318,18 @@ def test_the_dummy_prefix_of_sentencepiece_survives(vocabulary: bytes, tmp_path:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("fruit", add_bos=False))[0].startswith("\u2581")
 
 
+def test_transformers_makes_the_same_ids_of_the_result(vocabulary: bytes, tmp_path: Path) -> None:
+    """Of `tokenizer.model` alone, AutoTokenizer of transformers 5 drops BOS and the dummy prefix."""
+    from transformers import AutoTokenizer
+
+    write_adept(tmp_path / "a", tokenizer=vocabulary)
+    adept.to_hugging_face(tmp_path / "a", tmp_path / "b")
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "b"), PersimmonTokenizer.from_pretrained(tmp_path / "b")
+    for text in ("fruit", " two  spaces", "human: fruit\n\nadept:", ""):
+        assert theirs(text).input_ids == ours.encode(text), text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (4, 4)
+
+
 def test_bos_is_prepended_as_in_transformers_not_as_in_adepts_code(vocabulary: bytes, tmp_path: Path) -> None:
     write_adept(tmp_path / "a", tokenizer=vocabulary)
     adept.to_hugging_face(tmp_path / "a", tmp_path / "b")

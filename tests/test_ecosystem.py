@@ -18,10 +18,11 @@ import sentencepiece
 import torch
 from adept_helpers import sentencepiece_model
 from hf_helpers import IS_TRANSFORMERS_4, calls_of, hf_config, randomised, tokens
+from prompts import PROMPTS as TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PersimmonForCausalLM, pipeline
 
 from persimmon_fast import SMALL_MODEL, PersimmonTokenizer, apply_persimmon_fast, ops
-from persimmon_fast.integrations.tokenizer import to_transformers
+from persimmon_fast.integrations.tokenizer import save_for_both, to_transformers
 
 KERNELS = ("squared_relu_mlp", "qkv_norm_rope")
 PROMPTS = ["def read_config(path):", "class Stack:\n", "import os\n\n"]
@@ -81,8 +82,10 @@ def random_texts(num_texts: int) -> list[str]:
 def test_the_tokenizer_of_transformers_gives_our_ids_and_texts(name, tmp_path):
     own = TOKENIZERS[name]()
     theirs = to_transformers(own)
-    theirs.save_pretrained(tmp_path)
+    save_for_both(own, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
+    ours = PersimmonTokenizer.from_pretrained(tmp_path)
+    assert ours(TEXTS[:20]).input_ids == own(TEXTS[:20]).input_ids
     for one in (theirs, loaded):
         for kind in ("bos_token_id", "eos_token_id", "pad_token_id", "padding_side"):
             assert getattr(one, kind) == getattr(own, kind)
@@ -100,6 +103,14 @@ def test_the_tokenizer_of_transformers_gives_our_ids_and_texts(name, tmp_path):
     expected = own(PROMPTS, padding=True, return_tensors="pt")
     assert torch.equal(batch.input_ids, expected.input_ids)
     assert torch.equal(batch.attention_mask, expected.attention_mask)
+
+
+def test_the_shipped_model_has_a_tokenizer_for_transformers(tmp_path):
+    save_for_both(PersimmonTokenizer.from_pretrained(SMALL_MODEL), tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((SMALL_MODEL / name).read_text()) == json.loads((tmp_path / name).read_text()), name
+    theirs, ours = AutoTokenizer.from_pretrained(SMALL_MODEL), PersimmonTokenizer.from_pretrained(SMALL_MODEL)
+    assert theirs(TEXTS).input_ids == ours(TEXTS).input_ids
 
 
 def test_other_kinds_of_sentencepiece_models_are_refused():

@@ -118,6 +118,7 @@ def test_stop_strings_and_streamer_on_text(tokenizer):
 
 def test_folder_is_small_and_complete():
     files = {path.name: path.stat().st_size for path in SMALL_MODEL.iterdir()}
-    assert set(files) == {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    model = {"config.json", "generation_config.json", "model.safetensors"}
+    assert set(files) == model | {"README.md", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     assert sum(files.values()) < 12_000_000
     assert json.loads((SMALL_MODEL / "config.json").read_text())["architectures"] == ["PersimmonForCausalLM"]

@@ -45,6 +45,9 @@ from small_persimmon import (
 )
 from torch import nn
 
+from persimmon_fast import PersimmonTokenizer
+from persimmon_fast.integrations.tokenizer import save_for_both
+
 SAMPLE_PROMPTS = ("def read_config(path):", "class Stack:", "import os\n")
 
 HELD_OUT_PERCENT = 5
@@ -264,6 +267,7 @@ def export(work: Path, folder: Path, note: str) -> None:
     (folder / "tokenizer.model").write_bytes((work / "tokenizer.model").read_bytes())
     for name, content in (("config", CONFIG), ("generation_config", GENERATION)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    save_for_both(PersimmonTokenizer.from_pretrained(folder), folder)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         loss = held_out_loss(model, tokens)
     facts |= {"loss": loss, "bits": loss / math.log(2) * len(tokens) / facts["held_out_bytes"]}

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,7 @@ from persimmon_fast.checkpoint_save import INDEX_NAME, index_text, parse_size, p
 from persimmon_fast.checkpoint_tensors import EMBEDDING, HEAD, expected_tensors
 from persimmon_fast.config import PersimmonConfig
 from persimmon_fast.config_file import CONFIG_NAME
+from persimmon_fast.integrations.tokenizer import is_unigram, save_for_both
 from persimmon_fast.tokenizer import MODEL_NAMES, PersimmonTokenizer
 
 END_OF_TEXT, END_OF_TEXT_ID = "|ENDOFTEXT|", 71013  # the piece, and its id in the released tokenizer
@@ -261,8 +263,13 @@ def _tokenizer(found: source.AdeptSource, rank: RankFile, config: PersimmonConfi
 
 
 def _tokenizer_files(tokenizer: PersimmonTokenizer) -> dict[str, bytes]:
+    """For our tokenizer, and where the package tokenizers is installed for transformers' too: of `tokenizer.model`
+    alone, its AutoTokenizer makes other ids."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
+        if find_spec("tokenizers") is not None and is_unigram(tokenizer):
+            save_for_both(tokenizer, folder)
+        else:
+            tokenizer.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 

@@ -10,8 +10,11 @@ Source: the fields of sentencepiece's file format (google/sentencepiece, src/sen
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from persimmon_fast.streaming import SPACE_MARK
@@ -22,12 +25,17 @@ if TYPE_CHECKING:
 _NEVER = -1e6  # the score of a piece that no text may become: below any sum of scores of real pieces
 _UNIGRAM = 1  # TrainerSpec.model_type
 _NORMAL, _USER_DEFINED = 1, 4  # SentencePiece.type
+_SETTINGS = {
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
 
 
 def to_transformers(tokenizer: PersimmonTokenizer) -> Any:
     """A `PreTrainedTokenizerFast` of transformers with the ids, BOS, padding and decoded texts of `tokenizer`.
 
-    Saved into a model's folder (`save_pretrained`), it is what AutoTokenizer finds there.
+    `save_for_both` puts it into a model's folder.
 
     Args:
         tokenizer: a PersimmonTokenizer of a Unigram model. A text that spells a special token ("<s>") stays a text, as
@@ -37,17 +45,63 @@ def to_transformers(tokenizer: PersimmonTokenizer) -> Any:
         ValueError: it is no Unigram model.
         ImportError: transformers is not installed.
     """
-    from tokenizers import Regex, Tokenizer, decoders, normalizers, processors
-    from tokenizers.models import Unigram
     from transformers import PreTrainedTokenizerFast
 
-    sp = tokenizer.sp
+    names: dict[str, Any] = {f"{kind}_token": piece for kind, piece in _special_pieces(tokenizer).items()}
+    if tokenizer.model_max_length is not None:
+        names["model_max_length"] = tokenizer.model_max_length
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_fast_tokenizer(tokenizer), padding_side=tokenizer.padding_side, **_SETTINGS, **names
+    )
+
+
+def save_for_both(tokenizer: PersimmonTokenizer, folder: str | os.PathLike[str]) -> None:
+    """Writes a tokenizer that `PersimmonTokenizer.from_pretrained` and transformers' `AutoTokenizer.from_pretrained`
+    both load, with the same ids: `tokenizer.model` for the one, `tokenizer.json` for the other, and one
+    `tokenizer_config.json`. Needs the package tokenizers alone.
+
+    Raises:
+        ValueError: as `to_transformers`.
+        ImportError: tokenizers is not installed.
+    """
+    path = Path(folder)
+    fast = _fast_tokenizer(tokenizer)
+    tokenizer.save_pretrained(path)
+    fast.save(str(path / "tokenizer.json"))
+    config = path / "tokenizer_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", **_SETTINGS}
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def is_unigram(tokenizer: PersimmonTokenizer) -> bool:
+    """Whether `tokenizer` is of the kind that the functions above take, as Persimmon's is."""
+    return _sections(tokenizer)[1].get(3, _UNIGRAM) == _UNIGRAM
+
+
+def _special_pieces(tokenizer: PersimmonTokenizer) -> dict[str, str]:
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    return {kind: tokenizer.sp.id_to_piece(i) for kind, i in ids.items() if i is not None}
+
+
+def _sections(tokenizer: PersimmonTokenizer) -> tuple[list[bytes], dict[int, Any], dict[int, Any]]:
+    """Pieces, TrainerSpec and NormalizerSpec of the model."""
     fields = list(_fields(tokenizer.model_proto))
     pieces = [value for number, value in fields if number == 1]
     trainer, normalizer = (dict(_fields(dict(fields).get(number, b""))) for number in (2, 3))
+    return pieces, trainer, normalizer
+
+
+def _fast_tokenizer(tokenizer: PersimmonTokenizer) -> Any:
+    """A `tokenizers.Tokenizer`."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, processors
+    from tokenizers.models import Unigram
+
+    pieces, trainer, normalizer = _sections(tokenizer)
     if (model_type := trainer.get(3, _UNIGRAM)) != _UNIGRAM:
         raise ValueError(f"to_transformers: the sentencepiece model must be Unigram (type 1), got type {model_type}")
-    fast = Tokenizer(Unigram(_scored(pieces), unk_id=sp.unk_id(), byte_fallback=bool(trainer.get(35, 0))))
+    unk_id = tokenizer.sp.unk_id()
+    fast = Tokenizer(Unigram(_scored(pieces), unk_id=unk_id, byte_fallback=bool(trainer.get(35, 0))))
     steps: list[Any] = []
     if charsmap := normalizer.get(2):
         steps.append(normalizers.Precompiled(charsmap))
@@ -60,21 +114,10 @@ def to_transformers(tokenizer: PersimmonTokenizer) -> Any:
     fast.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", spaces, 0)]
     )
-    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    names: dict[str, Any] = {f"{kind}_token": sp.id_to_piece(i) for kind, i in ids.items() if i is not None}
     if tokenizer.add_bos and tokenizer.bos_token_id is not None:
-        bos = (names["bos_token"], tokenizer.bos_token_id)
+        bos = (_special_pieces(tokenizer)["bos"], tokenizer.bos_token_id)
         fast.post_processor = processors.TemplateProcessing(single=[bos[0], "$A"], special_tokens=[bos])
-    if tokenizer.model_max_length is not None:
-        names["model_max_length"] = tokenizer.model_max_length
-    return PreTrainedTokenizerFast(
-        tokenizer_object=fast,
-        padding_side=tokenizer.padding_side,
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],
-        **names,
-    )
+    return fast
 
 
 def _scored(pieces: Iterable[bytes]) -> list[tuple[str, float]]:
