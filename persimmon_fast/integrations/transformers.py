@@ -313,10 +313,7 @@ def _update_causal_mask(
     output_attentions: bool = False,
 ) -> Tensor | None:
     mask: Tensor | None
-    hides_keys = attention_mask is not None and (
-        attention_mask.dim() != 2 or attention.may_hide_keys(attention_mask, cache_position[0], cache_position.shape[0])
-    )
-    if backbone.config._attn_implementation == attention.NAME and not hides_keys:
+    if backbone.config._attn_implementation == attention.NAME and not _hides_keys(attention_mask, cache_position):
         from transformers.masking_utils import create_causal_mask
 
         mask = create_causal_mask(
