@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import sentencepiece
 import torch
 from adept_helpers import sentencepiece_model
 from hf_helpers import IS_TRANSFORMERS_4, calls_of, hf_config, randomised, tokens
+from processes import environment
 from prompts import PROMPTS as TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer, PersimmonForCausalLM, pipeline
 
@@ -265,14 +265,9 @@ def numbers(value) -> list[float]:
 @pytest.mark.skipif(IS_TRANSFORMERS_4, reason="the installed lm-evaluation-harness is tested with transformers 5")
 def test_lm_evaluation_harness(tmp_path):
     pytest.importorskip("lm_eval")
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([entry for entry in sys.path if entry]),
-    }
+    settings = environment(HF_DATASETS_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, str(tmp_path)], env=settings, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))

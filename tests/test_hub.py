@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import tiny_config
+from processes import environment
 
 from persimmon_fast import HubError, PersimmonConfig, PersimmonForCausalLM, PersimmonTokenizer, hub
 from persimmon_fast.config import ConfigError
@@ -179,12 +180,13 @@ def test_the_cache_of_the_real_huggingface_hub(tmp_path, monkeypatch):
         PersimmonForCausalLM.from_pretrained(NAME, revision="v2", **options)
 
 
-def test_importing_the_package_imports_neither_hub_nor_transformers():
+def test_importing_the_package_imports_neither_hub_nor_transformers(tmp_path):
     code = (
         "import sys, persimmon_fast; "
         "names = set(persimmon_fast.__all__) - {'apply_persimmon_fast', 'revert'}; "  # which patch transformers
         "[getattr(persimmon_fast, name) for name in names]; "
         "print(sorted({'huggingface_hub', 'transformers'} & sys.modules.keys()))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment())
     assert result.stdout.strip() == "[]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -11,6 +10,7 @@ import pytest
 import torch
 from helpers import max_error
 from hf_helpers import IS_TRANSFORMERS_4, hf_config, left_padded, pair, randomised, tokens
+from processes import environment
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PersimmonForCausalLM
@@ -38,8 +38,8 @@ def test_a_pickle_runs_in_a_process_that_patched_nothing(tmp_path):
         "ids, mask = torch.arange(3, 15).view(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])\n"
         "with torch.no_grad(): torch.save(fast(ids, attention_mask=mask).logits, sys.argv[1] + '/logits.pt')"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=environment)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment(), cwd=tmp_path)
     ids, mask = torch.arange(3, 15).view(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     with torch.no_grad():
         expected = model(ids, attention_mask=mask).logits[mask.bool()]
