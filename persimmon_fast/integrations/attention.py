@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from persimmon_fast import ops
 
 NAME = "persimmon_fast"
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WANTS_WEIGHTS = "persimmon_fast_wants_weights"  # keyword of a call, as output_attentions is
 
 
@@ -161,7 +162,7 @@ def attention(
         and not any(is_differentiated(x) for x in (query, key, value))
         and ops.has_kernels(query, "flash_attention", "paged_attention", head_dim=query.shape[-1])
         and query.dtype == key.dtype
-        and query.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and query.dtype in KERNEL_DTYPES
     )
     if runs_kernel:
         return _kernel_attention(query, key, value, attention_mask, scale), None

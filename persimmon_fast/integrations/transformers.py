@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from persimmon_fast import ops
 from persimmon_fast.integrations import attention
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Kept in the __dict__ of what is patched, so that a deep copy of a model is a patched model that can be reverted.
 _ORIGINAL = "_persimmon_fast_original"  # of a module: the forward that its __dict__ held before, or None
 _ORIGINAL_ATTENTION = "_persimmon_fast_original_attention"  # of a backbone: the name of its attention before
@@ -204,7 +203,7 @@ def _warn_once(message: str) -> None:
 def _is_inference(module: nn.Module, x: Tensor) -> bool:
     """Whether this call may leave transformers' own code: no gradient is recorded, the dtype is one of ours."""
     device = x.device.type
-    if module.training or x.dtype not in _KERNEL_DTYPES:
+    if module.training or x.dtype not in attention.KERNEL_DTYPES:
         return False
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return False
@@ -319,7 +318,7 @@ def _update_causal_mask(
         mask = create_causal_mask(
             config=backbone.config,
             input_embeds=input_tensor,
-            attention_mask=attention_mask,
+            attention_mask=None,  # it hides nothing, and need not be looked at twice
             cache_position=cache_position,
             past_key_values=past_key_values,
         )
@@ -338,7 +337,6 @@ def _static_cache_mask(backbone: Any, given: Tensor | None, **kwargs: Any) -> Te
             kwargs["batch_size"],
             kv_length=kwargs["target_length"],
             cache_position=kwargs["cache_position"],
-            attention_mask=None if given is None else given.bool(),
         )
         if mask is None or attention.is_key_ranges(mask):
             return mask
